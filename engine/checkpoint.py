@@ -1,0 +1,306 @@
+"""Checkpoints that cannot be lost: written aside, hashed, committed by one rename, verified before they are loaded.
+
+checkpoints/epoch=003-step=00000120/ holds model*.safetensors and optim*.safetensors (one each, or one a rank under ZeRO-3)
+and manifest.json: hashes, shapes and the small Progress. Nothing in it can execute.
+
+    python -m engine.checkpoint RUN_OR_CHECKPOINT --output DIR      consolidate weights into one file, without processes
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import metrics, process, state
+from engine.config import UserError
+from engine.process import Diverged
+from engine.tensors import StoredTensors, fsync_folder, sha256, write_tensors
+
+FORMAT = 1
+
+
+@dataclasses.dataclass
+class Progress:
+    """All that is not a tensor: where the run is and what it has seen."""
+
+    step: int = 0
+    """optimizer steps done"""
+    pinned: list[list[float]] = dataclasses.field(default_factory=list)
+    """[score, step] of the best evaluations, best first: their checkpoints are kept"""
+    evaluations_since_best: int = 0
+    loss_sums: list[float] = dataclasses.field(default_factory=list)
+    """each rank's sum of step losses since the last log line"""
+    loss_steps: int = 0
+    """how many they are"""
+
+    def judge(self, score: float, direction: str, min_delta: float, keep_best: int) -> bool:
+        """Take in an evaluation's deciding score; whether it is the best so far. A score that is not finite never is."""
+        improved = math.isfinite(score) and metrics.better(direction, score, self.pinned[0][0] if self.pinned else None, min_delta)
+        self.evaluations_since_best = 0 if improved else self.evaluations_since_best + 1
+        if improved:
+            self.pinned.insert(0, [score, self.step])
+        elif math.isfinite(score):
+            rest = sorted([*self.pinned[1:], [score, self.step]], reverse=direction == "max", key=lambda pin: pin[0])
+            self.pinned = [*self.pinned[:1], *rest]
+        del self.pinned[keep_best:]
+        return improved
+
+    def pinned_steps(self) -> set[int]:
+        return {int(step) for _, step in self.pinned}
+
+
+def phase(name: str) -> None:
+    """A named point of saving. Tests put a SIGKILL here."""
+
+
+def folder_name(step: int, steps_per_epoch: int) -> str:
+    return f"epoch={step // steps_per_epoch:03d}-step={step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("=")[2])
+
+
+def folders(run: Path) -> list[Path]:
+    """Committed checkpoints, newest first, whole or not."""
+    found = [path for path in (run / "checkpoints").glob("epoch=*-step=*") if re.fullmatch(r"epoch=\d+-step=\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+class Saver:
+    """Saves while training goes on: the state is copied into kept buffers, a thread writes it, a later step commits.
+
+    The thread only writes. Collective calls and the rename belong to the main thread: two threads that issue collectives on
+    one group can deadlock.
+    """
+
+    def __init__(self, run: Path | None, parts: tuple[Any, ...], keep_last: int, steps_per_epoch: int, saved_step: int):
+        """`parts` are what state.capture takes: accelerator, wrapped model, model, optimizer. Without a run nothing is saved."""
+        self.folder = run / "checkpoints" if run else None
+        self.parts = parts
+        self.keep_last = keep_last
+        self.steps_per_epoch = steps_per_epoch
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.thread: threading.Thread | None = None
+        self.saved_step = saved_step
+        if self.folder and process.rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in [*self.folder.glob(".tmp-*"), *self.folder.glob(".old-*")]:
+                shutil.rmtree(left)
+
+    @property
+    def busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def save(self, progress: Progress) -> None:
+        """Collective. Blocks for the copy, and for the previous save where that is not done."""
+        if progress.step == self.saved_step or self.folder is None:
+            return
+        self.commit()
+        captured = state.capture(*self.parts)
+        phase("copy")
+        weights, moments = self.copied(captured.weights), self.copied(captured.moments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.pinned = progress.pinned_steps()
+        self.saved_step = progress.step
+        self.manifest = {
+            "format": FORMAT,
+            "progress": dataclasses.asdict(progress),
+            "processes": process.world_size(),
+            "sharded": bool(captured.shapes),
+            "shapes": captured.shapes,
+            "aliases": state.aliases(self.parts[2]),
+            "scaler": captured.scaler,
+        }
+        self.target = self.folder / folder_name(progress.step, self.steps_per_epoch)
+        self.written: dict[str, Any] = {}
+        self.failure: str | None = None
+        self.thread = threading.Thread(target=self._write, args=(weights, moments, bool(captured.shapes)))
+        self.thread.start()
+
+    def copied(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name, tensor in tensors.items():
+            if name not in self.buffers or self.buffers[name].shape != tensor.shape:
+                self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+            self.buffers[name].copy_(tensor, non_blocking=True)
+        return {name: self.buffers[name] for name in tensors}
+
+    @property
+    def aside(self) -> Path:
+        return self.folder / f".tmp-{self.target.name}"
+
+    def _write(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], sharded: bool) -> None:
+        try:
+            bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not math.isfinite(float(tensor.sum()))]
+            if bad:
+                self.failure = f"{bad[0]} is not finite"
+                return
+            phase("write")
+            self.aside.mkdir(exist_ok=True)
+            suffix = f"-{process.rank():05d}-of-{process.world_size():05d}" if sharded else ""
+            for kind, tensors in (("model", weights), ("optim", moments)):
+                if tensors:
+                    name = f"{kind}{suffix}.safetensors"
+                    self.written[name] = write_tensors(self.aside / name, tensors)
+                    phase(f"written {kind}")
+        except OSError as error:  # disk full, permission: training goes on, the last whole checkpoint stays
+            self.failure = f"{error.strerror} ({error.filename or self.aside})"
+
+    def commit(self) -> None:
+        """Collective. Waits for the writers, then makes the checkpoint exist by one rename. Raises Diverged."""
+        if self.thread is None:
+            return
+        self.thread.join()
+        self.thread = None
+        phase("gather")
+        reports = process.gather((self.written, self.failure))
+        failures = [failure for _, failure in reports if failure]
+        if any(failure.endswith("not finite") for failure in failures):
+            raise Diverged(f"{failures[0]} after step {self.saved_step}; the checkpoint before it stays the last")
+        if process.rank() == 0:
+            self._finish({name: entry for written, _ in reports for name, entry in written.items()}, failures)
+
+    def _finish(self, files: dict[str, Any], failures: list[str]) -> None:
+        try:
+            if failures:
+                raise OSError(None, failures[0])
+            phase("manifest")
+            write_manifest(self.aside, self.manifest | {"files": files})
+            phase("rename")
+            shutil.rmtree(self.target, ignore_errors=True)  # torn remains of the same step
+            os.rename(self.aside, self.target)
+            fsync_folder(self.folder)
+        except OSError as error:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            print(f"warning: step {self.saved_step} was not saved: {error.strerror}; training goes on, the last checkpoint stays", flush=True)
+            return
+        phase("prune")
+        self._prune()
+
+    def _prune(self) -> None:
+        found = folders(self.folder.parent)
+        keep = {step_of(path) for path in found[: self.keep_last]} | self.pinned
+        for path in found:
+            if step_of(path) not in keep:
+                aside = path.with_name(f".old-{path.name}")  # renamed first: a kill must not leave half a checkpoint
+                os.rename(path, aside)
+                shutil.rmtree(aside)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    path = folder / "manifest.json"
+    with open(path, "w") as file:
+        json.dump(manifest | {"digest": digest_of(manifest)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_folder(folder)
+
+
+def digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def problem(folder: Path) -> str | None:
+    """Why a checkpoint must not be loaded, or None for a whole one. Reads and hashes every byte."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        digest = manifest.pop("digest")
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (ValueError, KeyError, AttributeError):
+        return "manifest.json is torn"
+    if digest != digest_of(manifest) or manifest["format"] != FORMAT:
+        return "manifest.json was altered"
+    present = {path.name for path in folder.iterdir()} - {"manifest.json"}
+    for name in sorted(present - set(manifest["files"])):
+        return f"{name} does not belong to it"
+    # Names come from a listing of the folder, so that no path in a manifest can lead out of it.
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if name not in present or not path.is_file() or path.is_symlink():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if sha256(path) != entry["sha256"]:
+            return f"{name} was altered"
+    return None
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint that verifies; says which were skipped and why."""
+    for folder in folders(run):
+        reason = problem(folder)
+        if reason is None:
+            return folder
+        print(f"skipped {folder}: {reason}", flush=True)
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def stored(folder: Path, manifest: dict[str, Any], kinds: tuple[str, ...] = ("model", "optim")) -> StoredTensors:
+    files = sorted(name for name in manifest["files"] if name.startswith(kinds))
+    return StoredTensors([folder / name for name in files], manifest["shapes"])
+
+
+def resume(run: Path, accelerator: Any, wrapped: Any, model: Any, optimizer: Any) -> Progress:
+    """Weights, moments and progress of the newest whole checkpoint, on every rank; a fresh Progress where there is none."""
+    folder = process.on_rank_zero(lambda: newest_whole(run))
+    if folder is None:
+        return Progress()
+    manifest = read_manifest(folder)
+    tensors = stored(folder, manifest)
+    names = {name for name, _ in model.named_parameters()} | set(state.buffers(model))
+    saved = {name for name in tensors.places if not name.startswith("optim.")}
+    if names != saved:
+        different = sorted(names ^ saved)[0]
+        raise UserError(f"{folder}: it is of another model (it differs at {different}); set run.dir to another folder")
+    form, now = (manifest["sharded"], manifest["processes"]), (state.zero_stage(wrapped) == 3, process.world_size())
+    if form != now:
+        process.say(f"converted {folder.name} from {form_name(*form)} to {form_name(*now)}")
+    state.restore(accelerator, wrapped, model, optimizer, tensors, manifest["scaler"])
+    progress = Progress(**manifest["progress"])
+    process.say(f"resumed {folder} at step {progress.step}")
+    return progress
+
+
+def form_name(sharded: bool, processes: int) -> str:
+    return f"{'shards' if sharded else 'whole tensors'} of {processes} process{'es' if processes > 1 else ''}"
+
+
+def adopt(source: Path, run: Path) -> None:
+    """Copy a chosen checkpoint (or a run's newest whole one), what it pins and the history so far into a fresh run folder."""
+    chosen = source if (source / "manifest.json").exists() else newest_whole(source)
+    if chosen is None or not chosen.is_dir():
+        raise UserError(f"run.resume = {str(source)!r}: it is neither a run folder with a whole checkpoint nor a checkpoint")
+    reason = problem(chosen)
+    if reason:
+        raise UserError(f"run.resume = {str(source)!r}: {reason}; choose another checkpoint")
+    progress = Progress(**read_manifest(chosen)["progress"])
+    wanted = {progress.step} | progress.pinned_steps()
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for path in folders(chosen.parent.parent):
+        if step_of(path) in wanted and not (run / "checkpoints" / path.name).exists():
+            aside = run / "checkpoints" / f".tmp-{path.name}"
+            shutil.copytree(path, aside)
+            os.rename(aside, run / "checkpoints" / path.name)
+    for name in ("metrics.jsonl", "steps.jsonl"):
+        if (chosen.parent.parent / name).exists():
+            shutil.copy(chosen.parent.parent / name, run / name)
+
+
+if __name__ == "__main__":
+    from engine.export import main
+
+    raise SystemExit(process.exit_status(main))

@@ -1,0 +1,155 @@
+"""Weights for inference: streamed out of a checkpoint into plain safetensors, and loaded back strictly."""
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from engine import checkpoint, state
+from engine.config import UserError, read_toml
+from engine.settings import byte_count
+from engine.tensors import TensorWriter, nbytes
+
+INPUTS = ("config.toml", "info.json", "preprocessing.json")
+INDEX = "model.safetensors.index.json"
+
+
+def consolidate(source: Path, output: Path, max_shard: int, dtype: torch.dtype | None = None) -> None:
+    """Write a checkpoint's weights whole, in files of at most max_shard bytes: one tensor is in memory at a time."""
+    manifest = checkpoint.read_manifest(source)
+    tensors = checkpoint.stored(source, manifest, ("model",))
+    specs = {}
+    for name in tensors.places:
+        kept, shape = tensors.spec(name)
+        specs[name] = (dtype if dtype and kept.is_floating_point else kept, shape)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + nbytes(*spec) > max_shard:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes(*spec)
+    # Tied weights are written once; their other names stand in the metadata.
+    metadata = {"format": "pt", "aliases": json.dumps(manifest["aliases"])}
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        writer = TensorWriter(output / file, {name: specs[name] for name in names}, metadata)
+        for name in names:
+            writer.write(name, tensors.full(name).to(specs[name][0]))
+        writer.close()
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(nbytes(*spec) for spec in specs.values())
+        (output / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+
+
+def export(run: Path, source: Path, output: Path, max_shard: int, dtype: torch.dtype | None) -> Path:
+    """All that infer.py needs, from one checkpoint of a run, in a folder that appears whole."""
+    aside = output.with_name(f".tmp-{output.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    consolidate(source, aside, max_shard, dtype)
+    for name in INPUTS:
+        shutil.copy(run / name, aside / name)
+    (aside / "step.json").write_text(json.dumps({"step": checkpoint.step_of(source)}))
+    shutil.rmtree(output, ignore_errors=True)
+    os.rename(aside, output)
+    return output
+
+
+def export_best(run: Path, progress: Any, train: Any) -> Path | None:
+    """Point best/ at the export of the best checkpoint there is. None where no checkpoint is whole."""
+    by_step = {checkpoint.step_of(path): path for path in checkpoint.folders(run)}
+    wanted = [by_step[int(step)] for _, step in progress.pinned if int(step) in by_step] or list(by_step.values())
+    source = next((path for path in wanted if checkpoint.problem(path) is None), None)
+    if source is None:
+        return None
+    name = f"best-{checkpoint.step_of(source)}"
+    export(run, source, run / name, byte_count(train.max_shard), torch.bfloat16 if train.export == "bf16" else None)
+    link = run / ".best.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, run / "best")
+    for old in run.glob("best-*"):
+        if old.name != name:
+            shutil.rmtree(old)
+    return source
+
+
+def weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        return [folder / Path(name).name for name in sorted(names)]
+    return [folder / "model.safetensors"]
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Strict, one tensor at a time. Raises UserError where names or shapes differ."""
+    wanted = {**dict(model.named_parameters()), **state.buffers(model)}
+    missing = set(wanted)
+    with torch.no_grad():
+        for path in weight_files(folder):
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, Exception) as error:  # safetensors raises its own, unrelated class for a torn file
+                raise UserError(f"{path}: cannot be read: {error}") from None
+            for name in file.keys():
+                if name not in wanted or list(file.get_slice(name).get_shape()) != list(wanted[name].shape):
+                    raise UserError(f"{path}: {name} does not fit the model of {folder}/config.toml; was models/ edited since?")
+                wanted[name].copy_(file.get_tensor(name))
+                missing.discard(name)
+    if missing:
+        raise UserError(f"{folder}: {sorted(missing)[0]} is missing; was models/ edited since?")
+
+
+def choose(run: Path, wanted: str) -> Path:
+    """The checkpoint that `step=120` or `epoch=3` means. Raises UserError that lists what there is."""
+    key, _, number = wanted.partition("=")
+    if key not in ("step", "epoch") or not number.isdigit():
+        raise UserError(f"--checkpoint {wanted}: must be step=NUMBER or epoch=NUMBER")
+    found = checkpoint.folders(run)
+    for path in found:
+        parts = dict(part.split("=") for part in path.name.split("-"))
+        if int(parts[key]) == int(number):
+            reason = checkpoint.problem(path)
+            if reason:
+                raise UserError(f"{path}: {reason}; choose another checkpoint")
+            return path
+    raise UserError(f"--checkpoint {wanted}: not in {run}/checkpoints; there are: {', '.join(p.name for p in found) or 'none'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m engine.checkpoint", description="Consolidate a checkpoint's weights, without processes.")
+    parser.add_argument("source", type=Path, help="a run folder (its newest whole checkpoint) or a checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--checkpoint", help="step=NUMBER or epoch=NUMBER of a run folder")
+    parser.add_argument("--max-shard", default="5GB", help="largest weight file")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    options = parser.parse_args(arguments)
+    source = options.source
+    if not (source / "manifest.json").exists():
+        chosen = choose(source, options.checkpoint) if options.checkpoint else checkpoint.newest_whole(source)
+        if chosen is None:
+            raise UserError(f"{source}: neither a checkpoint nor a run folder with a whole one")
+        source = chosen
+    elif checkpoint.problem(source):
+        raise UserError(f"{source}: {checkpoint.problem(source)}; choose another checkpoint")
+    if options.output.exists():
+        raise UserError(f"{options.output}: exists already; --output takes a new folder")
+    try:
+        size = byte_count(options.max_shard)
+    except ValueError as error:
+        raise UserError(f"--max-shard {options.max_shard}: {error}") from None
+    run = source.resolve().parent.parent
+    read_toml(run / "config.toml")  # an export without its settings could not be predicted with
+    export(run, source, options.output, size, torch.bfloat16 if options.dtype == "bf16" else None)
+    print(f"{source} -> {options.output}")

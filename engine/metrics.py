@@ -1,0 +1,129 @@
+"""Scores by name and kind of task. torchmetrics is imported when the first score is wanted: it costs two seconds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.config import UserError, suggestion
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What follows from the kind of a task. A model's file may bring its own: KINDS = {"rating": Kind(...)}."""
+
+    loss: str
+    metrics: tuple[str, ...]
+    best: str
+    predict: Callable[[torch.Tensor, Any], torch.Tensor]
+    """(output, info) -> what metrics take: probabilities [n] or [n, classes], or values in the target's own units [n]"""
+
+
+def probability(output: torch.Tensor, info: Any) -> torch.Tensor:
+    return output.float().sigmoid()
+
+
+def probabilities(output: torch.Tensor, info: Any) -> torch.Tensor:
+    return output.float().softmax(dim=-1)
+
+
+def value(output: torch.Tensor, info: Any) -> torch.Tensor:
+    return output.double() * info.target_std + info.target_mean
+
+
+KINDS = {
+    "binary": Kind("bce", ("accuracy", "f1", "auroc"), "max accuracy", probability),
+    "multiclass": Kind("cross_entropy", ("accuracy", "macro_accuracy", "macro_f1"), "max accuracy", probabilities),
+    "regression": Kind("mse", ("rmse", "mae", "r2"), "min rmse", value),
+}
+
+
+def kind_of(name: str, model_file: Any) -> Kind:
+    """Raises UserError for a kind that neither the model's file nor this one knows."""
+    kinds = KINDS | getattr(model_file, "KINDS", {})
+    if name not in kinds:
+        raise UserError(f"task.kind = {name!r}: no such kind{suggestion(name, kinds)}")
+    return kinds[name]
+
+
+# Plain name -> class of torchmetrics and its arguments; "classes" stands for the number of classes.
+NAMED: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "binary": {
+        "accuracy": ("BinaryAccuracy", {}),
+        "f1": ("BinaryF1Score", {}),
+        "precision": ("BinaryPrecision", {}),
+        "recall": ("BinaryRecall", {}),
+        "macro_accuracy": ("MulticlassAccuracy", {"num_classes": 2, "average": "macro"}),
+        "macro_f1": ("MulticlassF1Score", {"num_classes": 2, "average": "macro"}),
+        "auroc": ("BinaryAUROC", {}),
+        "average_precision": ("BinaryAveragePrecision", {}),
+    },
+    "multiclass": {
+        "accuracy": ("MulticlassAccuracy", {"num_classes": "classes", "average": "micro"}),
+        "macro_accuracy": ("MulticlassAccuracy", {"num_classes": "classes", "average": "macro"}),
+        "macro_f1": ("MulticlassF1Score", {"num_classes": "classes", "average": "macro"}),
+        "auroc": ("MulticlassAUROC", {"num_classes": "classes"}),
+        "average_precision": ("MulticlassAveragePrecision", {"num_classes": "classes"}),
+    },
+    "regression": {
+        "rmse": ("MeanSquaredError", {"squared": False}),
+        "mse": ("MeanSquaredError", {}),
+        "mae": ("MeanAbsoluteError", {}),
+        "r2": ("R2Score", {}),
+        "pearson": ("PearsonCorrCoef", {}),
+    },
+}
+
+
+def best_rule(task: Any, info: Any, model_file: Any) -> tuple[str, str]:
+    """("max" or "min", name of the score that decides)."""
+    rule = kind_of(info.kind, model_file).best if task.best == "auto" else task.best
+    direction, score = rule.split()
+    return direction, score
+
+
+def names(task: Any, info: Any, model_file: Any) -> list[str]:
+    """The scores of these settings, the one that task.best names among them. Raises UserError for an unknown name."""
+    wanted = list(task.metrics or kind_of(info.kind, model_file).metrics)
+    score = best_rule(task, info, model_file)[1]
+    if score not in ("loss", *wanted):
+        wanted.append(score)
+    known = NAMED.get(info.kind, {})
+    for name in wanted:
+        if name not in known and not hasattr(model_file, name):
+            key = "task.best" if name == score and name not in task.metrics else "task.metrics"
+            raise UserError(f"{key} = {name!r}: no metric of a {info.kind} task{suggestion(name, known)}")
+    return wanted
+
+
+def build(task: Any, info: Any, model_file: Any) -> dict[str, Any]:
+    """Metrics by name, from the model's file (`name(info) -> torchmetrics.Metric`) or torchmetrics."""
+    import torchmetrics
+
+    built = {}
+    for name in names(task, info, model_file):
+        if hasattr(model_file, name):
+            metric = getattr(model_file, name)(info)
+        else:
+            class_name, options = NAMED[info.kind][name]
+            options = {key: len(info.labels) if value == "classes" else value for key, value in options.items()}
+            module = torchmetrics.regression if info.kind == "regression" else torchmetrics.classification
+            metric = getattr(module, class_name)(**options)
+        # In double precision: a float's sum over a million samples is off in the fourth digit.
+        built[name] = metric.set_dtype(torch.float64)
+    return built
+
+
+def better(direction: str, score: float, best: float | None, min_delta: float = 0.0) -> bool:
+    """Whether a score improves on the best one so far by more than min_delta."""
+    if best is None:
+        return True
+    return score > best + min_delta if direction == "max" else score < best - min_delta
+
+
+def update(metrics: dict[str, Any], predictions: torch.Tensor, target: torch.Tensor) -> None:
+    for metric in metrics.values():
+        # A macro average over two classes wants both columns.
+        both = predictions.dim() == 1 and getattr(metric, "num_classes", None) == 2
+        metric.update(torch.stack([1 - predictions, predictions], 1) if both else predictions, target)

@@ -1,0 +1,211 @@
+"""What a run says: console lines, metrics.jsonl, pictures. matplotlib is imported when the first picture is drawn."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from engine import process
+
+
+class Journal:
+    """A file of one JSON object a line, cut back to a step when a run resumes, so that no line stands twice."""
+
+    def __init__(self, run: Path | None, name: str, step: int):
+        self.file = None
+        if run is None or process.rank() > 0:
+            return
+        path = run / name
+        kept = [line for line in read_lines(path) if line["step"] <= step] if path.exists() else []
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text(text)
+        os.replace(aside, path)
+        self.file = open(path, "a")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Times and rates belong inside line["clock"]: all else is equal in a run that was killed and one that was not."""
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        if self.file:
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; a kill may have torn the last one."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+class Clock:
+    """Seconds and rates for the "clock" objects; time spent in `paused` counts as no training."""
+
+    def __init__(self, step: int, batch_size: int):
+        self.batch_size = batch_size
+        self.begun = time.perf_counter()
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.since, self.step, self.pause = time.perf_counter(), step, 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.pause += time.perf_counter() - start
+
+    def read(self, step: int) -> dict[str, float]:
+        """Samples per second of training since `restart`, seconds since the start."""
+        now = time.perf_counter()
+        rate = (step - self.step) * self.batch_size / max(1e-9, now - self.since - self.pause)
+        return {"seconds": round(now - self.begun, 3), "samples_per_second": round(rate, 1)}
+
+
+class Journals:
+    """metrics.jsonl, a line an evaluation; steps.jsonl, a line each train.log_every; the bar or lines on the screen."""
+
+    def __init__(self, run: Path | None, step: int, total: int):
+        from tqdm import tqdm
+
+        self.evaluations, self.steps = Journal(run, "metrics.jsonl", step), Journal(run, "steps.jsonl", step)
+        self.silent = run is None or process.rank() > 0
+        hidden = self.silent or not sys.stderr.isatty()  # a bar on a terminal, plain lines elsewhere
+        self.bar = tqdm(initial=step, total=total, unit="step", disable=hidden, dynamic_ncols=True, mininterval=0.5)
+
+    def __enter__(self) -> "Journals":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+        self.evaluations.close()
+        self.steps.close()
+
+    def tick(self) -> None:
+        self.bar.update()
+
+    def log(self, line: dict[str, Any]) -> None:
+        self.steps.write(line)
+        self.bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
+
+    def evaluation(self, line: dict[str, Any], improved: bool) -> None:
+        self.evaluations.write(line)
+        if not self.silent:
+            self.bar.clear()
+            print(evaluation_line(line, improved), flush=True)
+
+
+def parameter_lines(model: nn.Module) -> list[str]:
+    """Parameters by block, with their share and what is frozen."""
+    rows = []
+    for name, block in model.named_children():
+        count = parameter_count(block.parameters())
+        if count:
+            rows.append((name, count, parameter_count(p for p in block.parameters() if p.requires_grad)))
+    total = parameter_count(model.parameters())
+    lines = [f"  {name:<20} {count:>12,}" + ("" if trained == count else f"  ({trained:,} trained)") for name, count, trained in rows]
+    return [f"parameters {total:,}", *lines]
+
+
+def parameter_count(parameters: Iterable[nn.Parameter]) -> int:
+    # A sharded parameter is empty here; DeepSpeed keeps its true size beside.
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
+def scores_text(scores: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" if abs(value) < 1e4 else f"{name} {value:.6g}" for name, value in scores.items())
+
+
+def evaluation_line(line: dict[str, Any], improved: bool) -> str:
+    parts = [f"epoch {line['epoch']:g}  step {line['step']}"]
+    parts += [f"{split}: {scores_text(line[split])}" for split in ("train", "valid")]
+    return "  |  ".join(parts) + f"  |  {line['clock']['samples_per_second']:,.0f} samples/s" + ("  * best" if improved else "")
+
+
+def figure(width: float = 7, height: float = 4) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawing)  # no display, no global state
+    return drawing, drawing.add_subplot()
+
+
+def draw_curves(lines: Sequence[dict[str, Any]], direction: str, score: str, path: Path) -> None:
+    """Loss and the score that decides, training beside validation, over epochs."""
+    names = ["loss"] if score == "loss" else ["loss", score]
+    drawing, _ = figure(6 * len(names), 4)
+    drawing.clear()
+    epochs = [line["epoch"] for line in lines]
+    for axis, name in zip(np.atleast_1d(drawing.subplots(1, len(names))), names, strict=True):
+        for split, style in (("train", "--"), ("valid", "-")):
+            axis.plot(epochs, [line[split].get(name) for line in lines], style, marker=".", label=split)
+        values = [line["valid"][name] for line in lines]
+        place = int(np.argmin(values) if name == "loss" or direction == "min" else np.argmax(values))
+        axis.plot(epochs[place], values[place], "o", mfc="none", ms=12, color="C1", label=f"best {values[place]:.4g}")
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    drawing.savefig(path)
+
+
+def draw_confusion(predictions: np.ndarray, target: np.ndarray, labels: Sequence[str], path: Path) -> None:
+    """Rows are true classes, columns predicted ones; shades are shares of a row. `predictions` are class indices [n]."""
+    count = len(labels)
+    table = np.bincount(target * count + predictions, minlength=count * count).reshape(count, count)
+    size = min(12.0, 2.5 + 0.5 * count)
+    drawing, axis = figure(size + 1, size)
+    image = axis.imshow(table / np.maximum(1, table.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
+    drawing.colorbar(image, label="share of the true class")
+    if count <= 25:
+        for row, column in np.ndindex(table.shape):
+            dark = table[row, column] > 0.5 * table[row].sum()
+            axis.text(column, row, f"{table[row, column]:,}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        axis.set_xticks(range(count), labels, rotation=45, ha="right")
+        axis.set_yticks(range(count), labels)
+    axis.set(xlabel="predicted", ylabel="true")
+    drawing.savefig(path)
+
+
+def draw_residuals(predictions: np.ndarray, target: np.ndarray, path: Path) -> None:
+    """Predicted against true values, and how the errors spread; both [n], in the target's own units."""
+    drawing, _ = figure(11, 4.5)
+    drawing.clear()
+    left, right = drawing.subplots(1, 2)
+    shown = np.linspace(0, len(target) - 1, min(len(target), 5000)).astype(int)
+    left.plot(target[shown], predictions[shown], ".", ms=3, alpha=0.4)
+    ends = [min(target.min(), predictions.min()), max(target.max(), predictions.max())]
+    left.plot(ends, ends, color="black", lw=1)
+    left.set(xlabel="true", ylabel="predicted")
+    right.hist(predictions - target, bins=60)
+    right.set(xlabel="predicted - true", ylabel="samples")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    drawing.savefig(path)
+
+
+def draw_predictions(info: Any, predictions: np.ndarray, target: np.ndarray, run: Path) -> str:
+    """confusion.png or residuals.png, by the kind of task. `predictions` are probabilities or values. Returns its name."""
+    if info.kind == "binary":
+        draw_confusion((predictions > 0.5).astype(int), target.astype(int), info.labels, run / "confusion.png")
+    elif predictions.ndim == 2 and info.labels:
+        draw_confusion(predictions.argmax(1), target.astype(int), info.labels, run / "confusion.png")
+    else:
+        draw_residuals(predictions, target, run / "residuals.png")
+        return "residuals.png"
+    return "confusion.png"

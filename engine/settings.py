@@ -1,0 +1,327 @@
+"""The sections of the scripts themselves, and the root that joins them with the chosen model's and dataset's own."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from engine import config
+from engine.config import Config, DataConfig, ModelConfig, UserError
+
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Space = dict[str, list[Any] | dict[str, Any]]
+
+
+class Run(Config):
+    unchanged_result: ClassVar[set[str]] = {"dir", "resume", "deterministic"}
+    dir: str = ""
+    """the exact run folder; empty: derived from the settings under $PLAINLOOP_RUNS or runs/"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """seed of weights, sample order and dropout"""
+    resume: str = "auto"
+    """"auto" continues what the run folder holds, "never" refuses a folder that holds a run, else a path to a run or checkpoint to go on from"""
+    tuned: bool = False
+    """the settings come from a search: written into best.toml by tune.py, shown in the run folder's name"""
+    deterministic: bool = False
+    """only deterministic kernels: on a GPU, slower and bit-identical again; on a CPU they are anyway"""
+
+
+class Task(Config):
+    kind: str = "auto"
+    """"binary", "multiclass", "regression", what a model's file brings, or "auto": what the data says"""
+    loss: str = "auto"
+    """a function of the model's file or of engine/losses.py; "auto": the usual one of the kind"""
+    loss_options: dict[str, Any] = {}
+    """keyword arguments of the loss, such as { label_smoothing = 0.1 }"""
+    metrics: list[str] = []
+    """names from the model's file or engine/metrics.py; empty: the usual ones of the kind"""
+    best: str = "auto"
+    """which evaluation is the best: "max f1", "min rmse"; "auto": the usual one of the kind"""
+
+    @field_validator("best")
+    @classmethod
+    def has_direction(cls, value: str) -> str:
+        words = value.split()
+        if value != "auto" and (len(words) != 2 or words[0] not in ("max", "min")):
+            raise ValueError('must be "max <metric>" or "min <metric>", such as "max f1"')
+        return value
+
+
+class Train(Config):
+    unchanged_result: ClassVar[set[str]] = {
+        "epochs", "steps", "micro_batch", "patience", "min_delta", "log_every", "save_every", "keep_best", "keep_last",
+        "max_shard", "export", "workers", "profile",
+    }  # fmt: skip
+    epochs: Annotated[int, Field(gt=0)] = 10
+    """how often each training sample is seen"""
+    steps: Count = 0
+    """optimizer steps; wins over epochs when given"""
+    batch_size: Annotated[int, Field(gt=0)] = 256
+    """samples per optimizer step over all processes and micro-steps"""
+    micro_batch: Count = 0
+    """samples per forward per process; 0: what one step needs. Accumulation follows: batch_size / (processes x micro_batch)"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of the forward and backward passes; weights and moments stay in fp32"""
+    clip: Annotated[float, Field(ge=0)] = 0.0
+    """largest gradient norm; 0 = off"""
+    compile: bool = False
+    """torch.compile the model; its dropout masks differ from eager ones, so it changes the result"""
+    patience: Count = 0
+    """evaluations without an improvement before training stops; 0 = off"""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """smallest change of task.best that counts as an improvement"""
+    log_every: Count = 0
+    """optimizer steps between lines of steps.jsonl and of the tracker; 0 = each epoch"""
+    eval_every: Count = 0
+    """optimizer steps between evaluations; 0 = each epoch"""
+    save_every: Count = 0
+    """optimizer steps between checkpoints; 0 = each epoch. An improvement is saved as well"""
+    keep_best: Annotated[int, Field(gt=0)] = 1
+    """checkpoints of the best evaluations that are kept"""
+    keep_last: Annotated[int, Field(gt=0)] = 1
+    """newest checkpoints that are kept"""
+    max_shard: str = "5GB"
+    """largest weight file of best/, such as "500MB"; a larger model is written as several with an index"""
+    export: Literal["fp32", "bf16"] = "fp32"
+    """precision of the weights in best/"""
+    workers: Count = 0
+    """processes that read data ahead, for each training process; 0 reads in the loop, the fastest where data is in memory"""
+    overfit: Count = 0
+    """train on the first N samples only: a model that cannot learn them by heart has a mistake in it; 0 = off"""
+    profile: bool = False
+    """record some steps with torch.profiler into the run folder"""
+
+    @field_validator("max_shard")
+    @classmethod
+    def is_size(cls, value: str) -> str:
+        byte_count(value)
+        return value
+
+
+class Optim(Config):
+    name: str = "auto"
+    """"auto" (AdamW, the fastest build of it for the strategy and device), a class of torch.optim, "fused_adam", "cpu_adam", or a function of the model's file"""
+    options: dict[str, Any] = {}
+    """further arguments of the optimizer, such as { betas = [0.9, 0.95] }"""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """learning rate at the end of the warm-up"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """of matrices; norms, biases and embeddings are never decayed"""
+    warmup_ratio: Fraction = 0.0
+    """share of all steps in which the learning rate rises from 0"""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """course of the learning rate after the warm-up"""
+    min_lr_ratio: Fraction = 0.0
+    """where the schedule ends, as a share of lr"""
+
+
+class Strategy(Config):
+    unchanged_result: ClassVar[set[str]] = {"name", "deepspeed", "sharded_init"}
+    name: Literal["ddp", "zero2", "zero2-offload", "zero3", "zero3-offload"] = "ddp"
+    """how processes share the work: whole copies (ddp), or DeepSpeed ZeRO"""
+    deepspeed: dict[str, Any] = {}
+    """merged last into the DeepSpeed config"""
+    sharded_init: bool = False
+    """under zero3: build the model in shards, where it would not fit whole"""
+
+
+class Track(Config):
+    unchanged_result: ClassVar[set[str]] = {"to", "mode", "project", "entity", "tags", "alerts"}
+    to: list[str] = []
+    """trackers: "wandb", "tensorboard", or another of Accelerate's"""
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """wandb's mode; "auto": online where its credentials exist"""
+    project: str = ""
+    """default: <model label>-<data label>-<script>"""
+    entity: str = ""
+    """team or user that owns the project; default: wandb's own"""
+    tags: list[str] = []
+    """words to find the run by"""
+    alerts: bool = True
+    """tell the tracker when the run finishes, diverges, fails or is stopped"""
+
+
+class Tune(Config):
+    target: Literal["train", "boost"] = "train"
+    """which script is tuned"""
+    trials: Annotated[int, Field(gt=0)] = 20
+    """finished trials wanted"""
+    timeout: Annotated[float, Field(ge=0)] = 0.0
+    """seconds after which no trial is begun; 0 = off"""
+    workers: Annotated[int, Field(gt=0)] = 1
+    """processes, each on its own GPU or share of cores"""
+    sampler: str = "TPESampler"
+    """a class of optuna.samplers"""
+    pruner: str = "MedianPruner"
+    """a class of optuna.pruners"""
+    storage: str = ""
+    """Optuna storage URL; empty: a journal in the study's folder"""
+    space: Space = {}
+    """what is searched: "optim.lr" = { low = 1e-5, high = 1e-2, log = true }, "model.depth" = [2, 3, 4]"""
+
+
+class Boost(Config):
+    library: Literal["lightgbm", "xgboost"] = "lightgbm"
+    """which gradient boosting"""
+    folds: Count = 0
+    """folds of cross-validation; 0: the given or split-off validation part"""
+    rounds: Annotated[int, Field(gt=0)] = 4000
+    """most boosting rounds"""
+    patience: Count = 200
+    """rounds without an improvement before boosting stops; 0 = off"""
+    features: list[str] = []
+    """columns to use; empty: all"""
+    params: dict[str, Any] = {}
+    """handed to the library as they are"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of one experiment. `data` and `model` are of the classes in the files that they name."""
+
+    run: Run
+    task: Task
+    data: DataConfig
+    model: ModelConfig
+    train: Train
+    optim: Optim
+    strategy: Strategy
+    track: Track
+    tune: Tune
+    boost: Boost
+
+    def values(self) -> dict[str, dict[str, Any]]:
+        return {field.name: getattr(self, field.name).model_dump() for field in dataclasses.fields(self)}
+
+
+FIXED: dict[str, type[Config]] = {
+    "run": Run, "task": Task, "train": Train, "optim": Optim, "strategy": Strategy, "track": Track, "tune": Tune, "boost": Boost,
+}  # fmt: skip
+
+
+def classes(values: dict[str, Any]) -> tuple[dict[str, type[Config]], list[str]]:
+    """The class of each section; those of data and model come from the files that they name. And a line a mistake."""
+    found: dict[str, type[Config]] = {}
+    errors = []
+    for section, folder in (("data", "data"), ("model", "models")):
+        given = values.get(section, {})
+        try:
+            if not isinstance(given, dict) or "name" not in given:
+                names = " / ".join(config.listing(folder))
+                raise UserError(f"{section}.name: missing; it names a file of {folder}/: {names}")
+            found[section] = config.module(folder, given["name"]).Config
+        except UserError as error:
+            errors += error.lines
+    return {field.name: FIXED.get(field.name) or found[field.name] for field in dataclasses.fields(Settings)
+            if field.name in FIXED or field.name in found}, errors  # fmt: skip
+
+
+def from_values(values: dict[str, Any], default_label: str = "") -> Settings:
+    """Settings from plain values. Raises UserError with a line for each mistake in any section."""
+    known, errors = classes(values)
+    sections = {}
+    for name in values.keys() - {field.name for field in dataclasses.fields(Settings)}:
+        errors.append(f"{name}: unknown section{config.suggestion(name, known)}")
+    for name, section in known.items():
+        sections[name], mistakes = config.validate(name, section, values.get(name, {}))
+        errors += mistakes
+    if errors:
+        raise UserError(*errors)
+    data, model = sections["data"], sections["model"]
+    data = data.model_copy(update={"root": config.data_root(data.root), "label": data.label or default_label or data.name})
+    pretrained = Path(getattr(model, "pretrained", "")).name
+    sections |= {"data": data, "model": model.model_copy(update={"label": model.label or pretrained or model.name})}
+    return Settings(**sections)
+
+
+def replaced(settings: Settings, changes: dict[str, Any]) -> Settings:
+    """Settings with some "section.key" values changed, validated again. Deeper keys reach into free tables."""
+    values = settings.values()
+    for path, value in changes.items():
+        section, _, key = path.partition(".")
+        key, _, entry = key.partition(".")
+        table = values.setdefault(section, {})
+        table[key] = {**table.get(key, {}), entry: value} if entry else value
+    return from_values({name: {k: v for k, v in section.items() if v is not None} for name, section in values.items()})
+
+
+def read(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """Merged plain values of files and overrides, and the stem that names the data by default."""
+    values: dict[str, Any] = {}
+    for file in files:
+        values = config.merge(values, config.read_toml(file))
+    # Names come first: they decide which keys there are, and so which overrides take plain text.
+    overrides = sorted(overrides, key=lambda text: not text.startswith(("data.name=", "model.name=")))
+    for text in overrides:
+        config.apply_override(values, text, classes(values)[0])
+    return values, Path(files[0]).stem if files else ""
+
+
+def parse(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Settings:
+    """Settings of TOML files (later ones win) and `section.key=value` overrides. Raises UserError."""
+    return from_values(*read(files, overrides))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see --help")
+
+
+def command_line(
+    description: str, arguments: Sequence[str] | None = None, add: Callable[[argparse.ArgumentParser], Any] | None = None
+) -> tuple[list[str | Path], list[str], argparse.Namespace]:
+    """--config files, overrides and a script's own options. `--help` prints every key and leaves with status 0."""
+    parser = Parser(description=description, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", action="append", metavar="FILE", help="TOML file; repeatable, later ones win")
+    parser.add_argument("--help", "-h", action="store_true", help="print this and every key, with type, default and meaning")
+    if add:
+        add(parser)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="one setting, as TOML")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(arguments):
+        print_help(parser, arguments)
+        raise SystemExit(0)
+    options = parser.parse_intermixed_args(arguments)
+    files: list[str | Path] = options.config or [config.ROOT / "conf" / "digits.toml"]
+    return files, options.overrides, options
+
+
+def print_help(parser: Parser, arguments: list[str]) -> None:
+    known, _ = parser.parse_known_args([word for word in arguments if word not in ("-h", "--help")])
+    values, _ = read(known.config or [config.ROOT / "conf" / "digits.toml"], [word for word in known.overrides if "=" in word])
+    print(parser.format_help())
+    print(config.describe(classes(values)[0]))
+
+
+def byte_count(text: str) -> int:
+    """Bytes of "500MB" or "5GB"."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in units or not number.strip().replace(".", "", 1).isdigit() or float(number) <= 0:
+        raise ValueError('must be a size such as "500MB" or "5GB"')
+    return int(float(number) * units[unit])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one optimizer step is cut: batch_size = micro x processes x accumulation."""
+
+    micro: int
+    processes: int
+    accumulation: int
+
+
+def plan_of(train: Train, processes: int) -> Plan:
+    """Raises UserError where the batch cannot be cut evenly."""
+    micro = train.micro_batch or train.batch_size // processes
+    if micro == 0 or train.batch_size % (micro * processes):
+        cut = f"train.micro_batch ({micro}) x processes ({processes})" if train.micro_batch else f"the number of processes ({processes})"
+        multiple = (train.micro_batch or 1) * processes
+        near = max(1, round(train.batch_size / multiple)) * multiple
+        raise UserError(f"train.batch_size = {train.batch_size}: must be a multiple of {cut}, such as {near}")
+    return Plan(micro, processes, train.batch_size // (micro * processes))

@@ -1,0 +1,194 @@
+"""Predictions and scores from one run folder, with plain PyTorch.
+
+    python infer.py runs/… --input new.csv --output predictions.csv
+    python infer.py runs/… --split test
+
+RUN is a run folder, or a best/ folder copied out of one. `section.key=value` overrides apply to its settings (data.root=…).
+Also under `accelerate launch` and `torchrun`: each process predicts its share, the output keeps the input's order.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engine import checkpoint, config, evaluate, export, folder, metrics, process, report, settings
+from engine.config import UserError
+
+BATCH = 1024
+CHUNK = 65_536  # rows in memory at a time
+
+
+class Predictor:
+    """A model with its weights, settings and preprocessing, from best/ or a run folder that has it."""
+
+    def __init__(self, path: Path, device: torch.device, overrides: list[str] | None = None, files: list[str] | None = None):
+        self.path = best_folder(path)
+        self.device = device
+        self.settings = settings.parse([self.path / "config.toml", *(files or [])], overrides or [])
+        self.info = folder.read_info(self.path)
+        self.model_file = config.module("models", self.settings.model.name)
+        self.model = self.model_file.Model(self.settings.model, self.info)
+        export.load_weights(self.model, self.path)
+        self.model.to(device)
+        self.kind = metrics.kind_of(self.info.kind, self.model_file)
+
+    def scorer(self) -> evaluate.Scorer:
+        return evaluate.Scorer(self.settings.task, self.info, self.model_file, self.device)
+
+    def score(self, dataset: Any) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+        """Scores, predictions and targets of a labelled data set, in its order, the same on every rank."""
+        scorer, kept = self.scorer(), []
+        weights_of = getattr(dataset, "weights", None)
+        for first, output, batch in evaluate.outputs(self.model, dataset, BATCH, self.device):
+            scorer.add(output, batch, weights_of(batch["index"]) if weights_of else None)
+            target = batch["target"]
+            target = metrics.value(target, self.info) if self.info.kind == "regression" else target
+            kept.append((first, self.kind.predict(output, self.info).cpu(), target.cpu()))
+        parts = sorted((part for share in process.gather(kept) for part in share), key=lambda part: part[0])
+        predictions, targets = (torch.cat([part[place] for part in parts]).numpy() for place in (1, 2))
+        return scorer.compute(), predictions, targets
+
+    def predict(self, dataset: Any, logits: bool, scorer: evaluate.Scorer | None) -> np.ndarray:
+        """Probabilities (or logits) [n] or [n, classes], or values [n], in the rows' order, on every rank."""
+        kept = []
+        for first, output, batch in evaluate.outputs(self.model, dataset, BATCH, self.device):
+            if scorer:
+                scorer.add(output, batch, None)
+            kept.append((first, (output.float() if logits else self.kind.predict(output, self.info)).cpu()))
+        parts = sorted((part for share in process.gather(kept) for part in share), key=lambda part: part[0])
+        return torch.cat([output for _, output in parts]).numpy()
+
+
+def best_folder(path: Path) -> Path:
+    """Raises UserError for a folder that is no run."""
+    for candidate in (path / "best", path):
+        if (candidate / "info.json").exists() and any(candidate.glob("model*.safetensors")):
+            return candidate
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path}: the run has not ended, so there is no best/ yet; use --checkpoint step=… of {names(path)}")
+    raise UserError(f"{path}: not a run folder; it needs best/ with info.json and model.safetensors, as train.py leaves it")
+
+
+def names(run: Path) -> str:
+    return ", ".join(path.name for path in checkpoint.folders(run)) or "none"
+
+
+def columns(predictor: Predictor, predictions: np.ndarray, logits: bool) -> dict[str, Any]:
+    """Predictions as columns of the output: the label's name and one column a class, or the value."""
+    labels = predictor.info.labels
+    if not labels:
+        return {"prediction": predictions}
+    if predictions.ndim == 1:  # binary: one logit; the other class's is zero
+        other = np.zeros_like(predictions) if logits else 1 - predictions
+        predictions = np.stack([other, predictions], axis=1)
+    word = "logit" if logits else "probability"
+    named = {f"{word}_{label}": predictions[:, place] for place, label in enumerate(labels)}
+    return {"prediction": [labels[place] for place in predictions.argmax(axis=1)], **named}
+
+
+def predict_file(predictor: Predictor, source: Path, target: Path | None, logits: bool) -> dict[str, float]:
+    """Predict a file in chunks, write them as they come; returns the scores where the file has labels, else {}."""
+    data_file = config.module("data", predictor.settings.data.name)
+    preprocessing = folder.read_preprocessing(predictor.path)
+    chunks = data_file.read_rows(source, predictor.settings.data, preprocessing, predictor.info, CHUNK)
+    scorer = None
+
+    def tables() -> Iterator[dict[str, Any]]:
+        nonlocal scorer
+        for rows in chunks:
+            scorer = scorer or (predictor.scorer() if rows.labelled else None)
+            yield rows.ids | columns(predictor, predictor.predict(rows.dataset, logits, scorer), logits)
+
+    write_tables(tables(), target if process.rank() == 0 else None)
+    return scorer.compute() if scorer else {}
+
+
+def write_tables(tables: Iterator[dict[str, Any]], target: Path | None) -> None:
+    """CSV or Parquet by the ending, a chunk at a time; the file appears whole."""
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    writer = None
+    aside = target.with_name(f".{target.name}.tmp") if target else None
+    for columns_ in tables:
+        if aside is None or target is None:
+            continue
+        table = pa.table(columns_)
+        if writer is None:
+            try:
+                writer = parquet.ParquetWriter(aside, table.schema) if target.suffix == ".parquet" else csv.CSVWriter(aside, table.schema)
+            except OSError as error:
+                raise UserError(f"--output {target}: cannot be written: {error.strerror or error}") from None
+        writer.write_table(table)
+    if writer and aside and target:
+        writer.close()
+        os.replace(aside, target)
+
+
+def start_processes() -> torch.device:
+    """Join the launcher's processes, if any. Returns this process's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if process.world_size() > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return device
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, metavar="FILE", help="a table to predict, with or without the label column")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to: .csv or .parquet")
+    parser.add_argument("--split", choices=["train", "valid", "test"], help="score this part of the run's own data")
+    parser.add_argument("--logits", action="store_true", help="logits in place of probabilities")
+    parser.add_argument("--checkpoint", metavar="step=N", help="another checkpoint than the best: step=N or epoch=N")
+
+
+def chosen_weights(run: Path, wanted: str) -> Path:
+    """Consolidate a checkpoint on demand; it stays in the run folder as weights-step=N."""
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run}: has no checkpoints; --checkpoint needs the run folder")
+    source = export.choose(run, wanted)
+    output = run / f"weights-step={checkpoint.step_of(source)}"
+    return output if output.exists() else export.export(run, source, output, 10**10, None)
+
+
+def main() -> None:
+    _, words, options = settings.command_line(__doc__, add=add_options)
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    runs = [Path(word) for word in words if word not in overrides]
+    if len(runs) != 1 or not (options.input or options.split):
+        raise UserError("infer.py takes one run folder and --input FILE --output FILE, or --split test; see --help")
+    if options.input and not options.output:
+        raise UserError("--input: needs --output FILE, such as predictions.csv")
+    if options.output and options.output.suffix not in (".csv", ".parquet"):
+        raise UserError(f"--output {options.output}: must end in .csv or .parquet")
+    device = start_processes()
+    path = runs[0]
+    if options.checkpoint:
+        path = Path(process.on_rank_zero(lambda: str(chosen_weights(runs[0], options.checkpoint))))
+    predictor = Predictor(path, device, overrides, options.config)
+    if options.split:
+        splits = config.module("data", predictor.settings.data.name).load(predictor.settings.data, predictor.settings.task.kind)
+        dataset = getattr(splits, options.split)
+        if dataset is None:
+            raise UserError(f"--split {options.split}: these data have no such part; set data.{options.split}")
+        scores, _, _ = predictor.score(dataset)
+        process.say(f"{options.split}: {report.scores_text(scores)}")
+    if options.input:
+        scores = predict_file(predictor, options.input, options.output, options.logits)
+        if scores:
+            process.say(f"{options.input}: {report.scores_text(scores)}")
+        process.say(f"predictions {options.output}")
+
+
+if __name__ == "__main__":
+    process.die_with_launcher()
+    sys.exit(process.exit_status(main))
