@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 
 ROW_NUMBERS = re.compile(r"Unnamed: \d+|__index_level_\d+__")
 """names that pandas gives to its index"""
-ODD_TEXTS = {
-    "dates": re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}([T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.](\d{2}|\d{4})( .*)?"),
-    "numbers with a decimal comma": re.compile(r"[-+]?(\d{1,3}(\.\d{3})+|\d+),\d+"),
-}
+DATES = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}([T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.](\d{2}|\d{4})( .*)?")
+DECIMAL_COMMA = re.compile(r"[-+]?(\d{1,3}(\.\d{3})+|\d+),\d+")
 
 
 @dataclass
@@ -70,16 +68,14 @@ def divide(source: Source, names: list[str], kinds: dict[str, str], config: "Con
     """Numeric and categorical columns, as given, else by what they hold."""
     for name in [*names, config.target]:
         if kinds[name] == "dates" and name not in config.categorical:
-            raise odd(source, name, "dates or times")
-        if kinds[name] == "nested":
-            raise UserError(f"{source.path}: column {name!r} holds neither numbers nor texts; name it in data.drop")
+            raise no_feature(source, name, "dates or times")
     kinds = {**kinds, **dict.fromkeys(config.categorical, "text"), **dict.fromkeys(config.numeric, "number")}
     return [name for name in names if kinds[name] == "number"], [name for name in names if kinds[name] != "number"]
 
 
-def odd(source: Source, name: str, what: str) -> UserError:
-    remedy = "turn them into plain numbers (dates: days since one), or name it in data.drop or data.categorical"
-    return UserError(f"{source.path}: column {name!r} holds {what}; {remedy}")
+def no_feature(source: Source, name: str, what: str) -> UserError:
+    change = "write them with a point" if "comma" in what else "turn them into numbers, such as days since one of them"
+    return UserError(f"{source.path}: column {name!r} holds {what}; {change}, or name it in data.drop or data.categorical")
 
 
 def fill(
@@ -113,9 +109,9 @@ def fill(
             fill_roles(columns, batch, rows, source.path, rows.start - first, config)
     for name in [*categorical, config.target]:
         words = columns.words[name]
-        for what, pattern in ODD_TEXTS.items():
+        for what, pattern in {"dates": DATES, "numbers with a decimal comma": DECIMAL_COMMA}.items():
             if words and name not in config.categorical and all(map(pattern.fullmatch, words)):
-                raise odd(sources["train"], name, f"{what} such as {next(iter(words))!r}")
+                raise no_feature(sources["train"], name, f"{what} such as {next(iter(words))!r}")
     return columns
 
 

@@ -20,7 +20,8 @@ from engine.config import UserError
 MISSING = ("", "?", "NA", "N/A", "n/a", "NaN", "nan", "null", "NULL", "#N/A")
 SEPARATORS = ",;\t|"
 COMPRESSION = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
-FOREIGN = {b"PK": "a zip archive or Excel workbook", b"\xd0\xcf\x11\xe0": "an Excel workbook", b"\xfd7zXZ": "an xz archive"}
+EXCEL = "a zip archive or an Excel workbook"
+FOREIGN = {b"PK\x03\x04": EXCEL, b"\xd0\xcf\x11\xe0": EXCEL, b"\xfd7zXZ": "an xz archive"}
 BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 SAMPLE = 1 << 20
 """bytes from which the header, the separator and the encoding are told"""
@@ -52,7 +53,11 @@ class Source:
         if self.table is not None:
             return self.table.select(names).to_batches(max_chunksize=rows)
         if not self.separator:
-            return parquet_file(self.path, self.compression).iter_batches(rows, columns=names)
+            file = parquet_file(self.path, self.compression)
+            for name in names:
+                if type_kind(file.schema_arrow.field(name).type) == "nested":
+                    raise UserError(f"{self.path}: column {name!r} holds neither numbers nor texts; name it in data.drop")
+            return file.iter_batches(rows, columns=names)
         import pyarrow as pa
         import pyarrow.csv as pa_csv
 
@@ -125,12 +130,15 @@ def csv_source(source: Source, sample: bytes) -> Source:
     """Encoding, separator and column names from the first bytes of the file."""
     encoding = source.encoding or next((name for bom, name in BOMS.items() if sample.startswith(bom)), "utf-8")
     try:
+        " ".encode(encoding)  # unlike codecs.lookup, knows that "hex" is no encoding of text
         encoding = codecs.lookup(encoding).name
         text = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)().decode(sample)
     except LookupError:
         raise UserError(f"data.encoding = {encoding!r}: no such encoding; known: utf-8, cp1252, utf-16, euc_kr …") from None
     except UnicodeDecodeError as error:
         raise bad_bytes(Source(source.path, [], encoding=encoding, compression=source.compression), error) from None
+    if "\0" in text:
+        raise UserError(f'{source.path}: holds zero bytes; if it is UTF-16 set data.encoding = "utf-16-le", else save it as CSV')
     lines = text.splitlines(keepends=True)
     blank = next((number for number, line in enumerate(lines) if line.strip()), None)
     if blank is None:

@@ -22,6 +22,8 @@ def split_rows(
     else:
         parts = np.zeros(len(classes), np.int8)
         for number, count in enumerate(np.bincount(classes)):
+            if not count:
+                continue
             if count < needed:
                 rows = f"class {labels[number]!r} has only {count}" if labels else f"there are only {count}"
                 raise UserError(f"data.train: {rows} row(s) to split into {needed} parts; remove the class or add rows to it")

@@ -52,7 +52,7 @@ class Config(DataConfig):
     """share of the training file for the test, where test is empty; 0 = no test"""
     split_seed: int = Field(0, ge=0)
     """seed of the split by fraction and of undersampling; run.seed leaves them alone"""
-    separator: str = ""
+    separator: str = Field("", max_length=1)
     """character between the fields of a CSV; empty: found among , ; | and tab"""
     encoding: str = ""
     """of a CSV, such as "cp1252"; empty: what its first bytes say, else UTF-8"""
@@ -63,7 +63,8 @@ class Config(DataConfig):
 
     @pydantic.model_validator(mode="after")
     def fractions_leave_rows(self) -> Self:
-        if (total := self.valid_fraction + self.test_fraction) >= 1:
+        total = (0 if self.valid else self.valid_fraction) + (0 if self.test else self.test_fraction)
+        if total >= 1:
             raise ValueError(f"valid_fraction + test_fraction = {total:g}: must be less than 1, to leave rows for training")
         return self
 
@@ -173,7 +174,7 @@ def label(columns: Columns, config: Config, kind: str, count: int, notes: list[s
 
 
 def nothing_to_learn(config: Config, value: str) -> UserError:
-    return UserError(f"data.target = {config.target!r}: is {value} in every training row; there is nothing to learn; name another")
+    return UserError(f"data.target = {config.target!r}: is {value} in every training row, so there is nothing to learn")
 
 
 def few_integers(values: np.ndarray) -> bool:
