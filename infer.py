@@ -1,9 +1,11 @@
-"""Predictions and scores from one run folder, with plain PyTorch.
+"""Predictions and scores from one run folder, or from several by vote, with plain PyTorch.
 
     python infer.py runs/… --input new.csv --output predictions.csv
     python infer.py runs/… --split test
+    python infer.py runs/deep runs/boosted --weights 0.6 0.4 --input new.csv --output voted.csv
 
-RUN is a run folder, or a best/ folder copied out of one. `section.key=value` overrides apply to its settings (data.root=…).
+RUN is a run folder, or a best/ folder copied out of one. Several vote, and a file of predictions may stand for one of them.
+`section.key=value` overrides apply to its settings (data.root=…).
 Also under `accelerate launch` and `torchrun`: each process predicts its share, the output keeps the input's order.
 """
 
@@ -18,7 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine import checkpoint, config, evaluate, export, folder, metrics, process, report, settings
+from engine import checkpoint, config, evaluate, export, folder, metrics, process, report, settings, vote
+from engine.boosting import BoostPredictor
 from engine.config import UserError
 
 BATCH = 1024
@@ -65,6 +68,15 @@ class Predictor:
         parts = sorted((part for share in process.gather(kept) for part in share), key=lambda part: part[0])
         return torch.cat([output for _, output in parts]).numpy()
 
+    def split(self, part: str) -> Any:
+        """A part of the run's own data; None where there is no such part."""
+        return getattr(config.module("data", self.settings.data.name).load(self.settings.data, self.settings.task.kind), part)
+
+    def read(self, source: Path, rows: int) -> Iterator[Any]:
+        """A file to predict, in chunks."""
+        data_file = config.module("data", self.settings.data.name)
+        return data_file.read_rows(source, self.settings.data, folder.read_preprocessing(self.path), self.info, rows)
+
 
 def best_folder(path: Path) -> Path:
     """Raises UserError for a folder that is no run."""
@@ -78,6 +90,15 @@ def best_folder(path: Path) -> Path:
 
 def names(run: Path) -> str:
     return ", ".join(path.name for path in checkpoint.folders(run)) or "none"
+
+
+def open_run(path: Path, device: torch.device, overrides: list[str], files: list[str] | None) -> Any:
+    """A deep or boosted run, or a file of predictions that was made here."""
+    if path.is_file():
+        return vote.Saved(path)
+    if (path / "folds").is_dir():
+        return BoostPredictor(path, overrides, files)
+    return Predictor(path, device, overrides, files)
 
 
 def columns(predictor: Predictor, predictions: np.ndarray, logits: bool) -> dict[str, Any]:
@@ -95,14 +116,11 @@ def columns(predictor: Predictor, predictions: np.ndarray, logits: bool) -> dict
 
 def predict_file(predictor: Predictor, source: Path, target: Path | None, logits: bool) -> dict[str, float]:
     """Predict a file in chunks, write them as they come; returns the scores where the file has labels, else {}."""
-    data_file = config.module("data", predictor.settings.data.name)
-    preprocessing = folder.read_preprocessing(predictor.path)
-    chunks = data_file.read_rows(source, predictor.settings.data, preprocessing, predictor.info, CHUNK)
     scorer = None
 
     def tables() -> Iterator[dict[str, Any]]:
         nonlocal scorer
-        for rows in chunks:
+        for rows in predictor.read(source, CHUNK):
             scorer = scorer or (predictor.scorer() if rows.labelled else None)
             yield rows.ids | columns(predictor, predictor.predict(rows.dataset, logits, scorer), logits)
 
@@ -148,6 +166,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to: .csv or .parquet")
     parser.add_argument("--split", choices=["train", "valid", "test"], help="score this part of the run's own data")
     parser.add_argument("--logits", action="store_true", help="logits in place of probabilities")
+    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of each run in the vote, together 1; default: equal")
+    parser.add_argument("--fit-weights", action="store_true", help="find the weights on the validation part")
+    parser.add_argument("--average", choices=["probability", "logit"], default="probability", help="what the vote averages")
     parser.add_argument("--checkpoint", metavar="step=N", help="another checkpoint than the best: step=N or epoch=N")
 
 
@@ -162,22 +183,30 @@ def chosen_weights(run: Path, wanted: str) -> Path:
 
 def main() -> None:
     _, words, options = settings.command_line(__doc__, add=add_options)
-    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    # Names of run folders hold "=" too, but a "/" before it.
+    overrides = [word for word in words if "=" in word and "/" not in word.partition("=")[0] and not Path(word).exists()]
     runs = [Path(word) for word in words if word not in overrides]
-    if len(runs) != 1 or not (options.input or options.split):
-        raise UserError("infer.py takes one run folder and --input FILE --output FILE, or --split test; see --help")
+    if not runs or not (options.input or options.split or options.fit_weights):
+        raise UserError("infer.py takes run folders and --input FILE --output FILE, or --split test; see --help")
+    if len(runs) == 1 and (options.weights or options.fit_weights):
+        raise UserError("--weights and --fit-weights: are for the vote of several runs; name two or more")
+    if len(runs) > 1 and options.checkpoint:
+        raise UserError("--checkpoint: is for one run; the vote takes the best weights of each")
+    if options.weights and options.fit_weights:
+        raise UserError("--weights and --fit-weights: one finds what the other gives; take one of them")
     if options.input and not options.output:
         raise UserError("--input: needs --output FILE, such as predictions.csv")
     if options.output and options.output.suffix not in (".csv", ".parquet"):
         raise UserError(f"--output {options.output}: must end in .csv or .parquet")
     device = start_processes()
-    path = runs[0]
     if options.checkpoint:
-        path = Path(process.on_rank_zero(lambda: str(chosen_weights(runs[0], options.checkpoint))))
-    predictor = Predictor(path, device, overrides, options.config)
+        runs[0] = Path(process.on_rank_zero(lambda: str(chosen_weights(runs[0], options.checkpoint))))
+    members = [open_run(path, device, overrides, options.config) for path in runs]
+    predictor = vote.Vote(members, options.weights, options.average) if len(runs) > 1 or runs[0].is_file() else members[0]
+    if options.fit_weights:
+        predictor.fit()
     if options.split:
-        splits = config.module("data", predictor.settings.data.name).load(predictor.settings.data, predictor.settings.task.kind)
-        dataset = getattr(splits, options.split)
+        dataset = predictor.split(options.split)
         if dataset is None:
             raise UserError(f"--split {options.split}: these data have no such part; set data.{options.split}")
         scores, _, _ = predictor.score(dataset)

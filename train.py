@@ -11,14 +11,14 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data import Info, Splits
-from engine import checkpoint, config, export, folder, losses, metrics, optim, order, process, report, strategy, tracking
+from engine import checkpoint, config, export, folder, losses, metrics, optim, order, page, process, report, strategy, tracking
 from engine.evaluate import Scorer, evaluate, to_device
 from engine.settings import Plan, Settings, command_line, parse, plan_of
 
@@ -58,9 +58,9 @@ class Experiment:
         patience = self.settings.train.patience
         return self.progress.step >= self.total_steps or 0 < patience <= self.progress.evaluations_since_best
 
-    def due(self, every: int) -> bool:
-        """Whether what happens each `every` steps (0: each epoch) happens now. The last step is always due."""
-        return self.progress.step % (every or self.order.steps_per_epoch) == 0 or self.progress.step == self.total_steps
+    def due(self, every: int, step: int) -> bool:
+        """Whether what happens each `every` steps (0: each epoch) happens after this one. The last step is always due."""
+        return step % (every or self.order.steps_per_epoch) == 0 or step == self.total_steps
 
 
 def train(settings: Settings, splits: Splits | None = None, on_eval: OnEval | None = None, trial: bool = False) -> dict[str, Any]:
@@ -76,12 +76,14 @@ def train(settings: Settings, splits: Splits | None = None, on_eval: OnEval | No
     if run:
         process.on_rank_zero(lambda: owner.append(folder.claim(run, settings)))
         process.check_shared(run)
-    experiment = set_up(settings, run, plan, accelerator, splits)
-    if run and experiment.finished and (run / "result.json").exists():
-        process.say(f"{run}: finished at step {experiment.progress.step}; more train.epochs or train.steps would go on from there")
-        return json.loads((run / "result.json").read_text())
-    fit(experiment, on_eval)
-    return conclude(experiment, run) if run else {"best": experiment.best_scores, "step": experiment.progress.step}
+    with tracking.Tracker(settings, run) as tracker:
+        experiment = set_up(settings, run, plan, accelerator, splits)
+        if run and experiment.finished and (run / "result.json").exists():
+            process.say(f"{run}: finished at step {experiment.progress.step}; more train.epochs or train.steps would go on from there")
+            return json.loads((run / "result.json").read_text())
+        tracker.start(experiment.progress.step, **asdict(plan), parameters=report.parameter_count(experiment.model.parameters()))
+        fit(experiment, tracker, on_eval)
+        return conclude(experiment, run, tracker) if run else {"best": experiment.best_scores, "step": experiment.progress.step}
 
 
 def set_up(settings: Settings, run: Path | None, plan: Plan, accelerator: Any, splits: Splits | None) -> Experiment:
@@ -112,7 +114,7 @@ def set_up(settings: Settings, run: Path | None, plan: Plan, accelerator: Any, s
     return Experiment(settings, run, plan, accelerator, splits, model_file, model, wrapped, optimizer, sequence, progress, total_steps, loss_sum)  # fmt: skip
 
 
-def fit(e: Experiment, on_eval: OnEval | None) -> None:
+def fit(e: Experiment, tracker: tracking.Tracker, on_eval: OnEval | None) -> None:
     """The loop. A step is a function of its number: learning rate, samples and random numbers follow from it."""
     train, progress, accelerator = e.settings.train, e.progress, e.accelerator
     device, rank = accelerator.device, accelerator.process_index
@@ -120,30 +122,33 @@ def fit(e: Experiment, on_eval: OnEval | None) -> None:
     batches = iter(order.loader(e.order, rank, progress.step, e.total_steps, train.workers))
     saver = checkpoint.Saver(e.run, (accelerator, e.wrapped, e.model, e.optimizer), train.keep_last, e.order.steps_per_epoch, progress.step)
     agreement, clock = process.Agreement(), report.Clock(progress.step, train.batch_size)
-    with process.StopRequest() as request, report.Journals(e.run, progress.step, e.total_steps) as journals:
+    journals = report.Journals(e.run, progress.step, e.total_steps, tracker)
+    with process.StopRequest() as request, journals, report.profiler(e.run, train.profile) as profiler:
         try:
             while not e.finished:
                 step = progress.step
                 learning_rate = optim.lr_at(step, e.settings.optim, e.total_steps)
                 optim.set_lr(e.optimizer, learning_rate)
+                log_due, evaluation_due, save_due = (e.due(every, step + 1) for every in (train.log_every, train.eval_every, train.save_every))
+                clip = train.clip or (math.inf if log_due else 0.0)  # infinity clips nothing, and tells the norm
                 for micro_step in range(e.plan.accumulation):
                     batch = to_device(next(batches), device)
                     order.seed_everything(e.settings.run.seed, step, micro_step, rank)
                     with accelerator.accumulate(e.wrapped):
                         loss = losses.weighted(loss_of(e.wrapped(batch), batch, progress), batch["factor"])
                         accelerator.backward(loss)
-                        strategy.update(accelerator, e.wrapped, e.optimizer, train.clip)
+                        gradient_norm = strategy.update(accelerator, e.wrapped, e.optimizer, clip)
                     e.loss_sum += loss.detach()
                 progress.step += 1
                 progress.loss_steps += e.plan.accumulation
                 journals.tick()
+                profiler.step()
 
                 stop, writing = agreement.read()
-                log_due, evaluation_due, save_due = e.due(train.log_every), e.due(train.eval_every), e.due(train.save_every)
                 if log_due or evaluation_due or save_due or stop:
                     gather_losses(e)
                 if log_due:
-                    log_losses(e, journals, learning_rate, clock)
+                    log_losses(e, journals, learning_rate, gradient_norm, clock)
                 if evaluation_due:
                     scores = evaluate_now(e, journals, learning_rate, clock)
                     if on_eval:
@@ -170,12 +175,12 @@ def gather_losses(e: Experiment) -> None:
         raise process.Diverged(f"the loss is not finite by step {e.progress.step}; try a smaller optim.lr or train.clip = 1.0")
 
 
-def log_losses(e: Experiment, journals: report.Journals, learning_rate: float, clock: report.Clock) -> None:
-    """The mean loss since the last line, into steps.jsonl."""
+def log_losses(e: Experiment, journals: report.Journals, learning_rate: float, norm: torch.Tensor | None, clock: report.Clock) -> None:
+    """The mean loss since the last line, and the gradient norm of this step before clipping, into steps.jsonl."""
     progress = e.progress
     mean = sum(progress.loss_sums) / e.plan.processes / progress.loss_steps
     line = {"step": progress.step, "epoch": progress.step / e.order.steps_per_epoch, "lr": learning_rate, "loss": mean}
-    journals.log(line | {"clock": clock.read(progress.step)})
+    journals.log(line | {"gradient_norm": None if norm is None else float(norm), "clock": clock.read(progress.step)})
     progress.loss_sums, progress.loss_steps = [], 0
     e.loss_sum.zero_()
 
@@ -200,7 +205,7 @@ def evaluate_now(e: Experiment, journals: report.Journals, learning_rate: float,
     return line["valid"]
 
 
-def conclude(e: Experiment, run: Path) -> dict[str, Any]:
+def conclude(e: Experiment, run: Path, tracker: tracking.Tracker) -> dict[str, Any]:
     """Export the best weights, score the test part from them as infer.py does, draw the pictures, write result.json."""
     from infer import Predictor
 
@@ -219,8 +224,10 @@ def conclude(e: Experiment, run: Path) -> dict[str, Any]:
         report.draw_curves(lines, *metrics.best_rule(e.settings.task, e.info, e.model_file), run / "curves.png")
         picture = report.draw_predictions(e.info, predictions, target, run)
         folder.write_text(run / "result.json", json.dumps(result, indent=1))
+        tracker.conclude(e.progress.step, result, [run / "curves.png", run / picture], report.prediction_table(e.info, predictions, target))
+        page.write(run)
         print(f"best at step {step}: {report.scores_text(best)}\n{split}: {report.scores_text(scores)}")
-        print(f"pictures {run}/curves.png, {run}/{picture}\nweights {run}/best", flush=True)
+        print(f"pictures {run}/curves.png, {run}/{picture}, all on {run}/report.html\nweights {run}/best", flush=True)
         return result
 
     return process.on_rank_zero(write)

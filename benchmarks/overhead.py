@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the loops are compared, not the devices
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -48,9 +49,11 @@ class Workload:
 
     columns: dict[str, Tensor]
     """a batch's keys and the whole column of each, in memory; "target" is 0 or 1, float32 [n]"""
+    dataset: Callable[[dict[str, Tensor]], Any]
+    """this repository's data set over such columns"""
     info: Info
     build: Callable[[], nn.Module]
-    """model(batch) -> logits [b, 1]"""
+    """model(batch) -> logits [b]"""
     settings: str
     """TOML of the same model for this repository"""
     bars: dict[str, float]
@@ -59,6 +62,7 @@ class Workload:
 
 def table() -> Workload:
     """200,000 rows of 30 numbers, a binary target and an MLP of 3 x 256."""
+    from data.table import TableDataset
     from models.mlp import Config, Model
 
     random_numbers = torch.Generator().manual_seed(0)
@@ -69,6 +73,7 @@ def table() -> Workload:
     config = Config(name="mlp", width=256, depth=3, dropout=0.0)
     return Workload(
         columns={"numeric": numeric, "target": target},
+        dataset=TableDataset,
         info=info,
         build=lambda: Model(config, info),
         settings='[data]\nname = "table"\ntrain = "given.csv"\ntarget = "target"\n'
@@ -81,7 +86,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {"table": table}
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    logits = model(batch).squeeze(-1)
+    logits = model(batch)
     return binary_cross_entropy_with_logits(logits, batch["target"]), logits
 
 
@@ -104,19 +109,18 @@ def bare_default(workload: Workload, batch_size: int, folder: str, tick: Tick) -
     bare(workload, batch_size, folder, tick, fused=False)
 
 
-class Columns(Dataset):
-    """Columns in memory, a batch at a time, as data/ has them."""
+class Turns(Dataset):
+    """A data set of this repository's that ticks at each batch. One batch is one step here."""
 
-    def __init__(self, columns: dict[str, Tensor], tick: Tick = lambda: None):
-        self.columns, self.tick = columns, tick
+    def __init__(self, dataset: Any, tick: Tick):
+        self.dataset, self.tick = dataset, tick
 
     def __len__(self) -> int:
-        return len(self.columns["target"])
+        return len(self.dataset)
 
     def __getitems__(self, positions: Tensor) -> dict[str, Tensor]:
         self.tick()
-        indices = positions % len(self)
-        return {key: column.index_select(0, indices) for key, column in self.columns.items()}
+        return self.dataset.__getitems__(positions)
 
 
 def ours(workload: Workload, batch_size: int, folder: str, tick: Tick) -> None:
@@ -128,8 +132,9 @@ def ours(workload: Workload, batch_size: int, folder: str, tick: Tick) -> None:
     file.write_text(workload.settings)
     never = "1_000_000_000"
     overrides = [f"train.{key}={never}" for key in ("steps", "eval_every", "save_every")]
-    few = {key: column[:1000] for key, column in workload.columns.items()}
-    splits = Splits(Columns(workload.columns, tick), Columns(few), None, workload.info, preprocessing={})
+    train_set = Turns(workload.dataset(workload.columns), tick)
+    valid_set = workload.dataset({key: column[:1000] for key, column in workload.columns.items()})
+    splits = Splits(train_set, valid_set, None, workload.info, preprocessing={})
     train(settings.parse([file], [*overrides, f"train.batch_size={batch_size}", f"run.dir={folder}/plainloop"]), splits=splits)
 
 
@@ -182,14 +187,14 @@ def transformers(workload: Workload, batch_size: int, folder: str, tick: Tick) -
         def __getitem__(self, index: int) -> dict[str, Tensor]:
             return {"labels" if key == "target" else key: column[index] for key, column in workload.columns.items()}
 
-    class Turns(TrainerCallback):
+    class Ticks(TrainerCallback):
         def on_step_begin(self, *_: object, **__: object) -> None:
             tick()
 
     arguments = TrainingArguments(
         f"{folder}/transformers", per_device_train_batch_size=batch_size, num_train_epochs=10**6, use_cpu=True
     )
-    Trainer(Module(), arguments, train_dataset=Rows(), callbacks=[Turns()]).train()
+    Trainer(Module(), arguments, train_dataset=Rows(), callbacks=[Ticks()]).train()
 
 
 CONTENDERS = {BARE: bare, DEFAULT: bare_default, OURS: ours, LIGHTNING: lightning, TRANSFORMERS: transformers}
@@ -262,8 +267,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=list(WORKLOADS), default="table")
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--rounds", type=int, default=60, help="rounds that count; three more come before them")
-    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each contender in a round")
+    parser.add_argument("--rounds", type=int, default=120, help="rounds that count; three more come before them")
+    parser.add_argument("--steps", type=int, default=25, help="optimizer steps of each contender in a round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--without", nargs="*", default=[], choices=list(CONTENDERS), help="contenders to leave out")
     options = parser.parse_args()

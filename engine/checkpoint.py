@@ -71,7 +71,11 @@ def step_of(folder: Path) -> int:
 
 def folders(run: Path) -> list[Path]:
     """Committed checkpoints, newest first, whole or not."""
-    found = [path for path in (run / "checkpoints").glob("epoch=*-step=*") if re.fullmatch(r"epoch=\d+-step=\d+", path.name)]
+    return listing(run / "checkpoints")
+
+
+def listing(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("epoch=*-step=*") if re.fullmatch(r"epoch=\d+-step=\d+", path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -123,7 +127,7 @@ class Saver:
         }
         self.target = self.folder / folder_name(progress.step, self.steps_per_epoch)
         self.written: dict[str, Any] = {}
-        self.failure: str | None = None
+        self.failure: str | None = "the writing thread died"
         self.thread = threading.Thread(target=self._write, args=(weights, moments, bool(captured.shapes)))
         self.thread.start()
 
@@ -152,8 +156,9 @@ class Saver:
                     name = f"{kind}{suffix}.safetensors"
                     self.written[name] = write_tensors(self.aside / name, tensors)
                     phase(f"written {kind}")
+            self.failure = None
         except OSError as error:  # disk full, permission: training goes on, the last whole checkpoint stays
-            self.failure = f"{error.strerror} ({error.filename or self.aside})"
+            self.failure = str(error)
 
     def commit(self) -> None:
         """Collective. Waits for the writers, then makes the checkpoint exist by one rename. Raises Diverged."""
@@ -172,22 +177,22 @@ class Saver:
     def _finish(self, files: dict[str, Any], failures: list[str]) -> None:
         try:
             if failures:
-                raise OSError(None, failures[0])
+                raise OSError(failures[0])
             phase("manifest")
             write_manifest(self.aside, self.manifest | {"files": files})
             phase("rename")
             shutil.rmtree(self.target, ignore_errors=True)  # torn remains of the same step
             os.rename(self.aside, self.target)
             fsync_folder(self.folder)
+            phase("prune")
+            self._prune()
         except OSError as error:
             shutil.rmtree(self.aside, ignore_errors=True)
-            print(f"warning: step {self.saved_step} was not saved: {error.strerror}; training goes on, the last checkpoint stays", flush=True)
-            return
-        phase("prune")
-        self._prune()
+            print(f"warning: saving step {self.saved_step}: {error}; training goes on, the last whole checkpoint stays", flush=True)
 
     def _prune(self) -> None:
-        found = folders(self.folder.parent)
+        # Later ones are those that were skipped at the start: counted, they would push out the whole ones.
+        found = [path for path in folders(self.folder.parent) if step_of(path) <= self.saved_step]
         keep = {step_of(path) for path in found[: self.keep_last]} | self.pinned
         for path in found:
             if step_of(path) not in keep:
@@ -214,9 +219,9 @@ def problem(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         digest = manifest.pop("digest")
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (ValueError, KeyError, AttributeError):
+    except OSError as error:
+        return f"manifest.json: {error.strerror}"
+    except (ValueError, KeyError, AttributeError, TypeError):
         return "manifest.json is torn"
     if digest != digest_of(manifest) or manifest["format"] != FORMAT:
         return "manifest.json was altered"
@@ -271,6 +276,8 @@ def resume(run: Path, accelerator: Any, wrapped: Any, model: Any, optimizer: Any
         process.say(f"converted {folder.name} from {form_name(*form)} to {form_name(*now)}")
     state.restore(accelerator, wrapped, model, optimizer, tensors, manifest["scaler"])
     progress = Progress(**manifest["progress"])
+    if len(progress.loss_sums) != process.world_size():  # their mean is what is logged
+        progress.loss_sums = [sum(progress.loss_sums) / max(1, len(progress.loss_sums))] * process.world_size()
     process.say(f"resumed {folder} at step {progress.step}")
     return progress
 
@@ -281,23 +288,21 @@ def form_name(sharded: bool, processes: int) -> str:
 
 def adopt(source: Path, run: Path) -> None:
     """Copy a chosen checkpoint (or a run's newest whole one), what it pins and the history so far into a fresh run folder."""
-    chosen = source if (source / "manifest.json").exists() else newest_whole(source)
-    if chosen is None or not chosen.is_dir():
-        raise UserError(f"run.resume = {str(source)!r}: it is neither a run folder with a whole checkpoint nor a checkpoint")
-    reason = problem(chosen)
+    chosen = (source if (source / "manifest.json").exists() else newest_whole(source) or source).resolve()
+    reason = problem(chosen) if chosen in listing(chosen.parent) else "neither a run folder with a whole checkpoint nor a checkpoint"
     if reason:
-        raise UserError(f"run.resume = {str(source)!r}: {reason}; choose another checkpoint")
+        raise UserError(f"run.resume = {str(source)!r}: {reason}; choose another")
     progress = Progress(**read_manifest(chosen)["progress"])
     wanted = {progress.step} | progress.pinned_steps()
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for path in folders(chosen.parent.parent):
-        if step_of(path) in wanted and not (run / "checkpoints" / path.name).exists():
-            aside = run / "checkpoints" / f".tmp-{path.name}"
-            shutil.copytree(path, aside)
-            os.rename(aside, run / "checkpoints" / path.name)
     for name in ("metrics.jsonl", "steps.jsonl"):
         if (chosen.parent.parent / name).exists():
             shutil.copy(chosen.parent.parent / name, run / name)
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for path in listing(chosen.parent):  # the chosen one first: without it the run folder still counts as fresh
+        if step_of(path) in wanted and not (run / "checkpoints" / path.name).exists():
+            aside = run / "checkpoints" / f".tmp-{path.name}"
+            shutil.copytree(path, aside, dirs_exist_ok=True)
+            os.rename(aside, run / "checkpoints" / path.name)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,9 @@ def module(folder: str, name: Any) -> types.ModuleType:
 
 
 def suggestion(word: str, known: typing.Iterable[str]) -> str:
-    known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+    by_lower = {name.lower(): name for name in sorted(known)}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[near[0]]}?" if near else f"; known: {', '.join(by_lower.values())}"
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -131,13 +131,14 @@ def apply_override(values: dict[str, Any], text: str, classes: dict[str, type[Co
         try:
             value = tomli.loads(f"value = {raw}")["value"]
         except tomli.TOMLDecodeError:
-            if field is not None and not deeper and str not in typing.get_args(field.annotation):
+            if field is not None and not deeper:
                 wanted = type_name(field.annotation)
                 raise UserError(f"{key} = {raw!r}: must be a TOML value of type {wanted}, such as {example(field)}") from None
             value = raw
     table = values.setdefault(section, {})
     if deeper and isinstance(table, dict):
-        table[name] = dict(table.get(name) or {}, **{deeper[0]: value})
+        old = table.get(name)
+        table[name] = {**(old if isinstance(old, dict) else {}), deeper[0]: value}
     elif isinstance(table, dict):
         table[name] = value
 

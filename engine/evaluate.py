@@ -75,7 +75,9 @@ class Scorer:
             dist.all_reduce(self.sums)
         total, weight = self.sums.tolist()
         scores = {"loss": total / weight if weight else math.nan}
-        scores |= {name: float(metric.compute()) for name, metric in self.metrics.items()}
+        for name, metric in self.metrics.items():
+            # Of outputs that are no numbers torchmetrics would take the first class, or logits for probabilities.
+            scores[name] = math.nan if math.isnan(total) else metrics.result(metric)
         self.reset()
         return scores
 

@@ -26,7 +26,7 @@ def claim(run: Path, settings: Settings, script: str = "train") -> IO[str]:
         source = settings.run.resume
         if source not in ("auto", "never") and not checkpoint.folders(run):
             checkpoint.adopt(Path(source), run)
-        write_text(run / "config.toml", dump_toml(settings.values()))
+        write_text(run / "config.toml", dump_toml(tracking.without_secrets(settings.values())))
     except OSError as error:
         raise UserError(f"{run}: the run folder cannot be written: {error.strerror}; set run.dir to another") from None
     return owner

@@ -1,11 +1,13 @@
 """Scores by name and kind of task. torchmetrics is imported when the first score is wanted: it costs two seconds."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from engine import process
 from engine.config import UserError, suggestion
 
 
@@ -112,7 +114,21 @@ def build(task: Any, info: Any, model_file: Any) -> dict[str, Any]:
             metric = getattr(module, class_name)(**options)
         # In double precision: a float's sum over a million samples is off in the fourth digit.
         built[name] = metric.set_dtype(torch.float64)
+        built[name].dist_sync_fn = gathered
     return built
+
+
+def gathered(state: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
+    """Every rank's state of a metric. A rank without a row has an empty one of another type, which ends torchmetrics' own way."""
+    states = [other.to(state.device) for other in process.gather(state.cpu())]
+    return [other for other in states if other.numel()] or [state]
+
+
+def result(metric: Any) -> float:
+    try:
+        return float(metric.compute())
+    except ValueError:  # too few rows, such as R2 of a single one
+        return math.nan
 
 
 def better(direction: str, score: float, best: float | None, min_delta: float = 0.0) -> bool:

@@ -74,13 +74,14 @@ def build(model: nn.Module, settings: Settings, model_file: Any) -> torch.optim.
         groups = [{"params": group["params"]} for group in groups]
     try:
         return factory(groups, lr=optim.lr, **options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optim.options = {optim.options}: {factory.__name__} refuses them: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"optim.name = {optim.name!r}, optim.options = {optim.options}: {error}") from None
 
 
 def torch_optimizer(name: str) -> Any:
     known = {key for key, value in vars(torch.optim).items() if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)}
-    known -= {"Optimizer", "LBFGS"}  # LBFGS calls the model again and again within one step
+    # LBFGS calls the model again and again within one step; SparseAdam takes only sparse gradients, which no linear layer gives.
+    known -= {"Optimizer", "LBFGS", "SparseAdam"}
     if name not in known:
         raise UserError(f"optim.name = {name!r}: no such optimizer{suggestion(name, known | {'auto', 'fused_adam', 'cpu_adam'})}")
     return getattr(torch.optim, name)

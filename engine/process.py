@@ -67,6 +67,28 @@ def exit_status(main: Callable[[], Any]) -> int:
             dist.destroy_process_group()
 
 
+def join(backend: str) -> None:
+    """Make the default group of all processes.
+
+    torchrun keeps one store over its restarts, with the addresses of dead ranks in it (pytorch issue 135712). So rank 0 names
+    each start, and the others ask for its name under names of their own, which cannot be left from before.
+    """
+    store, me, processes = next(dist.rendezvous("env://"))
+    if me > 0:
+        question = uuid.uuid4().hex
+        store.set(f"question/{me}", question)
+        start = store.get(f"answer/{question}").decode()
+        store.set(f"heard/{start}/{me}", "")
+    else:
+        start, others = uuid.uuid4().hex, range(1, processes)
+        while not store.check([f"heard/{start}/{other}" for other in others]):
+            for other in others:
+                if store.check([f"question/{other}"]):
+                    store.set(f"answer/{store.get(f'question/{other}').decode()}", start)
+            time.sleep(0.01)
+    dist.init_process_group(backend, store=dist.PrefixStore(start, store), rank=me, world_size=processes)
+
+
 def on_rank_zero(function: Callable[[], Any]) -> Any:
     """What rank 0's call returns, on every rank; a UserError there is raised on every rank too."""
     answer: list[Any] = [None, None]
@@ -87,7 +109,12 @@ def die_with_launcher() -> None:
 
     Only under a launcher: `nohup python train.py &` must outlive its shell. The kernel watches the parent *thread*.
     """
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+    if "LOCAL_RANK" in os.environ:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

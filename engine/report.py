@@ -3,13 +3,16 @@
 import contextlib
 import json
 import os
+import resource
 import sys
 import time
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from engine import process
@@ -53,6 +56,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def history(run: Path, step: int) -> list[dict[str, Any]]:
+    """All that was logged up to a step, in the order of steps."""
+    paths = [run / name for name in ("steps.jsonl", "metrics.jsonl")]
+    lines = [line for path in paths if path.exists() for line in read_lines(path) if line["step"] <= step]
+    return sorted(lines, key=lambda line: line["step"])
+
+
 class Clock:
     """Seconds and rates for the "clock" objects; time spent in `paused` counts as no training."""
 
@@ -71,18 +81,22 @@ class Clock:
         self.pause += time.perf_counter() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """Samples per second of training since `restart`, seconds since the start."""
+        """Seconds since the start; seconds a step and samples a second of training since `restart`; the peak of memory in 2**20 bytes."""
         now = time.perf_counter()
-        rate = (step - self.step) * self.batch_size / max(1e-9, now - self.since - self.pause)
-        return {"seconds": round(now - self.begun, 3), "samples_per_second": round(rate, 1)}
+        each = max(1e-9, now - self.since - self.pause) / max(1, step - self.step)
+        cuda = torch.cuda.is_available()
+        memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        rates = {"samples_per_second": round(self.batch_size / each, 1), "step_seconds": round(each, 6), "memory_mb": round(memory, 1)}
+        return {"seconds": round(now - self.begun, 3)} | rates
 
 
 class Journals:
-    """metrics.jsonl, a line an evaluation; steps.jsonl, a line each train.log_every; the bar or lines on the screen."""
+    """metrics.jsonl, a line an evaluation; steps.jsonl, a line each train.log_every; the tracker; the bar or lines on the screen."""
 
-    def __init__(self, run: Path | None, step: int, total: int):
+    def __init__(self, run: Path | None, step: int, total: int, tracker: Any):
         from tqdm import tqdm
 
+        self.tracker = tracker
         self.evaluations, self.steps = Journal(run, "metrics.jsonl", step), Journal(run, "steps.jsonl", step)
         self.silent = run is None or process.rank() > 0
         hidden = self.silent or not sys.stderr.isatty()  # a bar on a terminal, plain lines elsewhere
@@ -101,13 +115,38 @@ class Journals:
 
     def log(self, line: dict[str, Any]) -> None:
         self.steps.write(line)
+        self.tracker.log(line)
         self.bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
 
     def evaluation(self, line: dict[str, Any], improved: bool) -> None:
         self.evaluations.write(line)
+        self.tracker.log(line)
         if not self.silent:
             self.bar.clear()
             print(evaluation_line(line, improved), flush=True)
+
+
+def profiler(run: Path | None, wanted: bool) -> Any:
+    """torch.profiler over the 6th to the 10th step of this process: a context with .step(). Leaves trace.json.gz and profile.txt."""
+    if not wanted or run is None or process.rank() > 0:
+        return contextlib.nullcontext(types.SimpleNamespace(step=lambda: None))
+
+    def write(profile: Any) -> None:
+        profile.export_chrome_trace(str(run / "trace.json.gz"))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        (run / "profile.txt").write_text(profile.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=40))
+
+    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=4, warmup=1, active=5, repeat=1), on_trace_ready=write)
+
+
+def prediction_table(info: Any, predictions: np.ndarray, target: np.ndarray, most: int = 1000) -> tuple[list[str], list[list[Any]]]:
+    """Columns and the first rows: the true and the predicted label with the probability, or the two values and their difference."""
+    predictions, target = predictions[:most], target[:most]
+    if not info.labels or predictions.ndim > 2:
+        return ["row", "true", "predicted"], [[place, *pair] for place, pair in enumerate(zip(target.tolist(), predictions.tolist(), strict=True))]
+    columns = np.stack([1 - predictions, predictions], 1) if predictions.ndim == 1 else predictions
+    names = [[info.labels[int(true)], info.labels[best]] for true, best in zip(target, columns.argmax(1), strict=True)]
+    return ["row", "true", "predicted", "probability"], [[place, *pair, float(columns[place].max())] for place, pair in enumerate(names)]
 
 
 def parameter_lines(model: nn.Module) -> list[str]:
@@ -155,8 +194,9 @@ def draw_curves(lines: Sequence[dict[str, Any]], direction: str, score: str, pat
     for axis, name in zip(np.atleast_1d(drawing.subplots(1, len(names))), names, strict=True):
         for split, style in (("train", "--"), ("valid", "-")):
             axis.plot(epochs, [line[split].get(name) for line in lines], style, marker=".", label=split)
-        values = [line["valid"][name] for line in lines]
-        place = int(np.argmin(values) if name == "loss" or direction == "min" else np.argmax(values))
+        values = np.array([line["valid"][name] for line in lines])
+        falls = values if name == "loss" or direction == "min" else -values
+        place = np.where(np.isnan(falls), np.inf, falls).argmin()
         axis.plot(epochs[place], values[place], "o", mfc="none", ms=12, color="C1", label=f"best {values[place]:.4g}")
         axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
@@ -192,7 +232,8 @@ def draw_residuals(predictions: np.ndarray, target: np.ndarray, path: Path) -> N
     ends = [min(target.min(), predictions.min()), max(target.max(), predictions.max())]
     left.plot(ends, ends, color="black", lw=1)
     left.set(xlabel="true", ylabel="predicted")
-    right.hist(predictions - target, bins=60)
+    errors = predictions - target
+    right.hist(errors, bins=60 if np.ptp(errors) > 1e-9 * np.abs(errors).max() else 1)  # numpy refuses 60 of next to no width
     right.set(xlabel="predicted - true", ylabel="samples")
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -132,21 +132,22 @@ class Strategy(Config):
 
 class Track(Config):
     unchanged_result: ClassVar[set[str]] = {"to", "mode", "project", "entity", "tags", "alerts"}
-    to: list[str] = []
-    """trackers: "wandb", "tensorboard", or another of Accelerate's"""
+    to: list[Literal["wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"]] = []
+    """where the run is recorded beside its folder: wandb, and through Accelerate tensorboard and the others"""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """wandb's mode; "auto": online where its credentials exist"""
+    """of wandb; "auto": WANDB_MODE, else online where its credentials exist. "disabled" holds for all trackers"""
     project: str = ""
-    """default: <model label>-<data label>-<script>"""
+    """default: WANDB_PROJECT, else <model label>-<data label>-<script>"""
     entity: str = ""
     """team or user that owns the project; default: wandb's own"""
     tags: list[str] = []
     """words to find the run by"""
     alerts: bool = True
-    """tell the tracker when the run finishes, diverges, fails or is stopped"""
+    """tell wandb, and the apprise URLs in the environment's PLAINLOOP_ALERTS, when the run finishes, diverges, fails or is stopped"""
 
 
 class Tune(Config):
+    unchanged_result: ClassVar[set[str]] = {"trials", "timeout", "workers", "storage"}
     target: Literal["train", "boost"] = "train"
     """which script is tuned"""
     trials: Annotated[int, Field(gt=0)] = 20
@@ -157,8 +158,14 @@ class Tune(Config):
     """processes, each on its own GPU or share of cores"""
     sampler: str = "TPESampler"
     """a class of optuna.samplers"""
+    sampler_options: dict[str, Any] = {}
+    """its arguments; the seed is run.seed unless given"""
     pruner: str = "MedianPruner"
     """a class of optuna.pruners"""
+    pruner_options: dict[str, Any] = {}
+    """its arguments"""
+    method: Literal["search", "lightgbm-stepwise"] = "search"
+    """the search over tune.space, or LightGBM's parameters one after another (optuna-integration)"""
     storage: str = ""
     """Optuna storage URL; empty: a journal in the study's folder"""
     space: Space = {}
@@ -166,18 +173,52 @@ class Tune(Config):
 
 
 class Boost(Config):
+    unchanged_result: ClassVar[set[str]] = {"screen", "level"}
     library: Literal["lightgbm", "xgboost"] = "lightgbm"
     """which gradient boosting"""
     folds: Count = 0
-    """folds of cross-validation; 0: the given or split-off validation part"""
+    """folds of cross-validation over the training and validation rows; 0: trained on the former, stopped by the latter"""
+    split: Literal["auto", "stratified", "group", "time"] = "auto"
+    """how rows come into folds: the same classes (or values) in each; whole groups of data.group; later rows of the file after
+    earlier ones. "auto": by group where data.group is set, else stratified"""
     rounds: Annotated[int, Field(gt=0)] = 4000
     """most boosting rounds"""
     patience: Count = 200
-    """rounds without an improvement before boosting stops; 0 = off"""
+    """rounds without an improvement of the library's own (or params' first) metric before boosting stops; 0 = off"""
     features: list[str] = []
     """columns to use; empty: all"""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """where trees are grown"""
+    screen: Literal["rank", "mean"] = "rank"
+    """tests of `boost.py --screen`: by ranks (Mann-Whitney, Kruskal-Wallis, Spearman), or by means (t, analysis of variance, Pearson)"""
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """largest corrected p-value of a column that passes the screen"""
     params: dict[str, Any] = {}
     """handed to the library as they are"""
+
+    @field_validator("folds")
+    @classmethod
+    def is_no_single_fold(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("must be 2 or more, or 0 for the validation part")
+        return value
+
+    @field_validator("params")
+    @classmethod
+    def has_no_key_of_its_own(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, names in PARAMS_ELSEWHERE.items():
+            for name in value.keys() & set(names.split()):
+                raise ValueError(f"{name} is set by {key}; take it out")
+        return value
+
+
+PARAMS_ELSEWHERE = {
+    "boost.rounds": "num_iterations num_iteration n_iter num_tree num_trees num_round num_rounds nrounds num_boost_round n_estimators max_iter",
+    "boost.patience": "early_stopping_round early_stopping_rounds early_stopping n_iter_no_change",
+    "boost.device": "device device_type gpu_id",
+    "run.seed": "seed random_seed random_state",
+}
+"""names that the libraries give to what has a key here"""
 
 
 @dataclasses.dataclass(frozen=True)

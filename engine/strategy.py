@@ -33,6 +33,8 @@ def start(settings: Settings, plan: Plan) -> Any:
     if settings.train.precision == "fp16" and not cuda:
         raise UserError('train.precision = "fp16": needs a GPU; use "bf16" or "fp32"')
     overrule_launcher(settings)
+    if plan.processes > 1 and not torch.distributed.is_initialized():
+        process.join("nccl" if cuda else "gloo")
     common = {"mixed_precision": MIXED[settings.train.precision], "gradient_accumulation_steps": plan.accumulation}
     if uses_zero(settings):
         from accelerate.utils import DeepSpeedPlugin
@@ -50,6 +52,7 @@ def start(settings: Settings, plan: Plan) -> Any:
     if settings.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # else DeepSpeed's empty buckets take 2 GB a rank
         torch.backends.cudnn.benchmark = False
     if cuda and plan.processes == 1 and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         print(f"one of {torch.cuda.device_count()} GPUs is used; all: torchrun --nproc_per_node {torch.cuda.device_count()} train.py …")
@@ -167,8 +170,11 @@ def settle_buckets(accelerator: Any, model: nn.Module, some_batch: Callable[[], 
     summation changes last bits, and a resumed run would differ from the straight one.
     """
     if accelerator.num_processes > 2 and isinstance(model, nn.parallel.DistributedDataParallel):
+        before = [buffer.clone() for buffer in model.buffers()]
         (model(to_device(some_batch(), accelerator.device)).sum() * 0).backward()
         model.zero_grad()
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 def update(accelerator: Any, model: nn.Module, optimizer: Any, clip: float) -> torch.Tensor | None:

@@ -63,6 +63,7 @@ def nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    tensors = dict(sorted(tensors.items()))  # an optimizer's state comes back in another order
     writer = TensorWriter(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
     for name, tensor in tensors.items():
         writer.write(name, tensor)

@@ -142,9 +142,7 @@ def test_compressed_files_read_as_plain_ones(tmp_path: Path, name: str) -> None:
 
 
 def test_parquet_reads_as_the_same_csv(tmp_path: Path) -> None:
-    write(
-        tmp_path, rows(40, "a,b,c,y", lambda i: f"{i / 4 if i % 5 else ''},{'uvw'[i % 3] if i % 7 else ''},{i % 2 == 0},{i % 3}")
-    )
+    write(tmp_path, rows(40, "a,b,c,y", lambda i: f"{i / 4 if i % 5 else ''},{'uvw'[i % 3] if i % 7 else ''},{i % 2 == 0},{i % 3}"))
     values = {
         "a": [i / 4 if i % 5 else None for i in range(40)],
         "b": pa.array(["uvw"[i % 3] if i % 7 else None for i in range(40)]).dictionary_encode(),
@@ -458,9 +456,7 @@ def test_a_wrong_encoding_is_found_with_its_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["train.parquet", "train.csv.gz", "train.csv.bz2"])
 def test_files_that_are_cut_off(tmp_path: Path, name: str, keep: float) -> None:
     text = rows(20000).encode()
-    parquet.write_table(
-        pa.table({"a": np.random.default_rng(0).normal(size=5000), "y": [0, 1] * 2500}), tmp_path / "train.parquet"
-    )
+    parquet.write_table(pa.table({"a": np.random.default_rng(0).normal(size=5000), "y": [0, 1] * 2500}), tmp_path / "train.parquet")
     (tmp_path / "train.csv.gz").write_bytes(gzip.compress(text))
     (tmp_path / "train.csv.bz2").write_bytes(bz2.compress(text))
     content = (tmp_path / name).read_bytes()
@@ -530,9 +526,7 @@ def test_california() -> None:
 
 
 def test_importing_reads_no_heavy_package() -> None:
-    command = (
-        "import sys, data.table, data.bundled; print([m for m in ('pyarrow', 'sklearn', 'pandas', 'scipy') if m in sys.modules])"
-    )
+    command = "import sys, data.table, data.bundled; print([m for m in ('pyarrow', 'sklearn', 'pandas', 'scipy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
