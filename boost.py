@@ -7,25 +7,27 @@
 The same command again continues at the fold where it stopped. What comes out is a run folder that infer.py takes.
 """
 
-import contextlib
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine import boosting, folder, metrics, process, report, screen, tracking
+from engine import boosting, folder, metrics, page, process, report, screen, tracking
 from engine.boosting import BoostPredictor, Data, Fold, Part, fold_file
 from engine.config import UserError
 from engine.settings import Settings, command_line, parse
 
 OnRound = Callable[[int, float], None]
 EVERY = 20
-"""rounds between looks at the training rows, and between calls of on_round"""
+"""rounds between looks at the training rows, lines of steps.jsonl and calls of on_round"""
 EXPLAINED = 1000
 """validation rows, over all folds, whose Shapley contributions are averaged"""
 
@@ -41,50 +43,59 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
         raise UserError("boost.py: is one process that uses all cores; start it by python, without a launcher")
     run = None if trial else tracking.run_folder(settings, "boost")
     # The run folder stays locked until this file is closed.
-    with folder.claim(run, settings, "boost") if run else contextlib.nullcontext():
+    with folder.claim(run, settings, "boost") if run else nullcontext(), tracking.Tracker(settings, run, "boost") as tracker:
         if run and (run / "result.json").exists():
             process.say(f"{run}: finished; another run.dir or run.seed begins a new run")
             return folder.read_result(run)
         data = boosting.prepare(settings, splits)
-        metrics.names(settings.task, data.table.info, None)
-        library = boosting.library(settings, data.table.info, data.names)
-        folds = boosting.cut(settings, data)
+        info, rounds = data.table.info, settings.boost.rounds
+        metrics.names(settings.task, info, None)
+        library, folds, done = boosting.LIBRARIES[settings.boost.library](info, data.names), boosting.cut(settings, data), 0
         if run:
             (run / "folds").mkdir(exist_ok=True)
-            folder.write_inputs(run, data.table.info, data.table.preprocessing)
-            for line in [f"run folder {run}", *data.table.notes, f"features: {', '.join(data.names)}"]:
-                process.say(line)
-        request, scores, steps = process.StopRequest(), [], []
-        with request if run else contextlib.nullcontext():
-            for number, fold in enumerate(folds):
-                watch = Watch(number, settings, data, fold, on_round, request, run is None)
-                if run and fold_file(run, number, ".json").exists():
-                    process.say(f"{watch.title} is there already")
-                    continue
+            folder.write_inputs(run, info, data.table.preprocessing)
+            done = next(number for number in range(len(folds) + 1) if not fold_file(run, number, ".json").exists())
+            process.say(
+                "\n".join([f"run folder {run}", *data.table.notes, f"features: {', '.join(data.names)}", f"folds done: {done} of {len(folds)}"])
+            )
+        tracker.start(done * rounds, features=data.names)
+        journal, request, scores, steps = report.Journal(run, "steps.jsonl", done * rounds), process.StopRequest(), [], []
+        with request if run else nullcontext(), closing(journal):
+            for number, fold in list(enumerate(folds))[done:]:
+                watch = Watch(settings, Part(data, fold[1]), number, len(folds), on_round, [journal.write, tracker.log] if run else [], request)
                 booster, step = fit(library, settings, data, fold, watch)
                 if run:
                     keep(run, watch, library, booster, step)
                 else:
                     scores.append(watch.score(library.predict(booster, data.matrix[fold[1]])))
                     steps.append(step)
-        if run:
-            return conclude(run, settings, data, folds)
-        return {"best": over_folds(np.mean, scores), "step": round(np.mean(steps))}
+        return conclude(run, settings, data, folds, tracker) if run else {"best": over_folds(np.mean, scores), "step": round(np.mean(steps))}
 
 
+@dataclass
 class Watch:
-    """What happens after each round of a fold: curves, the bar or a line, the question whether to go on."""
+    """What happens after each round of a fold: curves, journal, the bar or a line, the question whether to go on."""
 
-    def __init__(self, number: int, settings: Settings, data: Data, fold: Fold, on_round: OnRound | None, request: Any, silent: bool):
+    settings: Settings
+    part: Part
+    number: int
+    folds: int
+    on_round: OnRound | None
+    logs: list[Callable[[dict[str, Any]], None]]
+    """none in a trial, which is silent"""
+    request: Any
+    metric: str = ""
+    valid: list[float] = field(default_factory=list)
+    train: dict[int, float] = field(default_factory=dict)
+    begun: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
         from tqdm import tqdm
 
-        self.number, self.settings, self.data, self.rows, self.on_round, self.request = number, settings, data, fold[1], on_round, request
-        self.title = f"fold {number + 1} of {max(1, settings.boost.folds)}"
-        self.metric, self.valid, self.train = "", [], {}
-        hidden = silent or not sys.stderr.isatty()  # a bar on a terminal, plain lines elsewhere
-        self.lines_every = 0 if silent or not hidden else 500
-        self.bar = tqdm(total=settings.boost.rounds, desc=self.title, unit="round", disable=hidden, leave=False, mininterval=0.5)
-        self.begun = time.perf_counter()
+        self.title = f"fold {self.number + 1} of {self.folds}"
+        hidden = not self.logs or not sys.stderr.isatty()  # a bar on a terminal, plain lines elsewhere
+        self.says = hidden and bool(self.logs)
+        self.bar = tqdm(total=self.settings.boost.rounds, desc=self.title, unit="round", disable=hidden, leave=False, mininterval=0.5)
 
     def __call__(self, rounds: int, metric: str, value: float, train: Callable[[], float], predictions: Callable[[], np.ndarray]) -> None:
         self.metric = metric
@@ -92,17 +103,19 @@ class Watch:
         self.bar.update()
         if self.request.asked:
             raise process.Stopped(f"stopped by a signal in {self.title}; the same command goes on from that fold's start")
-        if rounds % EVERY == 0:
-            self.train[rounds] = train()
-            self.bar.set_postfix({metric: f"{value:.5g}"}, refresh=False)
-            if self.on_round:
-                best = metrics.best_rule(self.settings.task, self.data.table.info, None)[1]
-                self.on_round(self.number * self.settings.boost.rounds + rounds, self.score(predictions())[best])
-        if self.lines_every and rounds % self.lines_every == 0:
+        if rounds % EVERY:
+            return
+        self.train[rounds], step = train(), self.number * self.settings.boost.rounds + rounds
+        for log in self.logs:
+            log({"step": step, "fold": self.number, "round": rounds, "train": {metric: self.train[rounds]}, "valid": {metric: value}})
+        if self.on_round:
+            self.on_round(step, self.score(predictions())[metrics.best_rule(self.settings.task, self.part.data.table.info, None)[1]])
+        self.bar.set_postfix({metric: f"{value:.5g}"}, refresh=False)
+        if self.says and rounds % 500 == 0:
             process.say(f"{self.title}  round {rounds}  {metric} {value:.5g}")
 
     def score(self, predictions: np.ndarray) -> dict[str, float]:
-        return boosting.score(self.settings, self.data, self.rows, predictions)
+        return boosting.score(self.settings, self.part, predictions)
 
 
 def fit(library: Any, settings: Settings, data: Data, fold: Fold, watch: Watch) -> tuple[Any, int]:
@@ -110,95 +123,92 @@ def fit(library: Any, settings: Settings, data: Data, fold: Fold, watch: Watch) 
     try:
         return library.train(data, fold, settings, watch)
     except library.error as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"boost.params = {settings.boost.params}: {settings.boost.library} refuses: {lines[0].split('] ')[-1]}") from None
+        # Without the time and the place in the library's source.
+        reason = re.sub(r"^(\[.*?\] )?(\S+:\d+: )?| at /\S+, line \d+.*", "", str(error).strip().splitlines()[0])
+        raise UserError(f"boost.params = {settings.boost.params}: {library.package} refuses: {reason}") from None
     finally:
         watch.bar.close()
 
 
 def keep(run: Path, watch: Watch, library: Any, booster: Any, step: int) -> None:
     """Write a fold's trees up to the best round in the library's own format, then what marks the fold as done."""
-    path = fold_file(run, watch.number, library.suffix)
+    path, seconds = fold_file(run, watch.number, library.suffix), round(time.perf_counter() - watch.begun, 3)
     aside = path.with_name(f".tmp-{path.name}")
     booster.save_model(aside)
     with open(aside, "rb") as file:
         os.fsync(file.fileno())
     os.replace(aside, path)
     record = {"fold": watch.number, "best_round": step, "metric": watch.metric, "valid": watch.valid, "train": watch.train}
-    record["clock"] = {"seconds": round(time.perf_counter() - watch.begun, 3)}
-    folder.write_text(fold_file(run, watch.number, ".json"), json.dumps(record))
-    process.say(
-        f"{watch.title}  best at round {step} of {len(watch.valid)}: {watch.metric} {watch.valid[step - 1]:.6g}  {record['clock']['seconds']} s"
-    )
+    folder.write_text(fold_file(run, watch.number, ".json"), json.dumps(record | {"clock": {"seconds": seconds}}))
+    process.say(f"{watch.title}  best at round {step} of {len(watch.valid)}: {watch.metric} {watch.valid[step - 1]:.6g}  {seconds} s")
 
 
-def over_folds(function: Callable[[list[float]], Any], scores: Sequence[dict[str, float]]) -> dict[str, float]:
+def over_folds(function: Callable[[list[float]], Any], scores: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(function([fold[name] for fold in scores])) for name in scores[0]}
 
 
-def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold]) -> dict[str, Any]:
+def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], tracker: tracking.Tracker) -> dict[str, Any]:
     """Out-of-fold predictions, scores, importances and pictures, all from the model files as infer.py reads them."""
     from infer import columns, write_tables
 
-    predictor = BoostPredictor(run)
+    predictor, table, parts = BoostPredictor(run), data.table, [Part(data, held) for _, held in folds]
     records = [json.loads(fold_file(run, number, ".json").read_text()) for number in range(len(folds))]
-    held = [predictor.library.predict(booster, data.matrix[rows]) for booster, (_, rows) in zip(predictor.boosters, folds, strict=True)]
-    scores = [boosting.score(settings, data, rows, predictions) for (_, rows), predictions in zip(folds, held, strict=True)]
-
-    rows = np.concatenate([rows for _, rows in folds])
+    predicted = [predictor.library.predict(booster, data.matrix[part.rows]) for booster, part in zip(predictor.boosters, parts, strict=True)]
+    scores = [boosting.score(settings, part, some) for part, some in zip(parts, predicted, strict=True)]
+    rows, numbers = np.concatenate([part.rows for part in parts]), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     order = np.argsort(rows)
-    numbers = np.repeat(np.arange(len(folds)), [len(rows) for _, rows in folds])
-    ids = {settings.data.id: [data.table.ids[row] for row in rows[order]]} if data.table.ids else {}
-    out_of_fold = columns(predictor, np.concatenate(held)[order], logits=False)
+    ids = {settings.data.id: [table.ids[row] for row in rows[order]]} if table.ids else {}
+    out_of_fold = columns(predictor, np.concatenate(predicted)[order], logits=False)
     write_tables(iter([ids | {"row": rows[order], "fold": numbers[order]} | out_of_fold]), run / "oof.parquet")
 
-    result = {"best": over_folds(np.mean, scores), "folds": [], "spread": over_folds(np.std, scores)}
-    for record, valid in zip(records, scores, strict=True):
-        result["folds"].append({"fold": record["fold"], "best_round": record["best_round"], "valid": valid})
-    predictions, target = np.concatenate(held), data.table.target[rows]
-    if "test" in data.table.rows:
-        result["test"], predictions, target = predictor.score(Part(data, data.table.rows["test"]))
+    rounds = [{"fold": record["fold"], "best_round": record["best_round"], "valid": valid} for record, valid in zip(records, scores, strict=True)]
+    result = {"best": over_folds(np.mean, scores), "spread": over_folds(np.std, scores), "folds": rounds}
+    predictions, target = np.concatenate(predicted), table.target[rows]
+    if "test" in table.rows:
+        result["test"], predictions, target = predictor.score(Part(data, table.rows["test"]))
     result["clock"] = {"seconds": round(sum(record["clock"]["seconds"] for record in records), 3)}
-    picture = report.draw_predictions(data.table.info, predictions, target, run)
     draw_curves(records, run / "curves.png")
-    importance(run, predictor, data, folds)
+    pictures = [run / "curves.png", run / report.draw_predictions(table.info, predictions, target, run), run / "importance.png"]
+    explained = importance(run, predictor, parts)
     folder.write_text(run / "result.json", json.dumps(result, indent=1))
-    for part in ("best", "spread", "test"):
-        if part in result:
-            process.say(f"{'valid' if part == 'best' else part}: {report.scores_text(result[part])}")
-    process.say(f"pictures {run}/curves.png, {run}/{picture}, {run}/importance.png\nmodels {run}/folds")
+    tracker.conclude(len(folds) * settings.boost.rounds, {**result, "folds": len(folds)}, pictures, explained)
+    page.write(run)
+    for part, name in {"best": "valid", "spread": "spread", "test": "test"}.items():
+        if part in result and (len(folds) > 1 or part != "spread"):
+            process.say(f"{name}: {report.scores_text(result[part])}")
+    process.say(f"pictures {', '.join(map(str, pictures))}, all on {run}/report.html\nmodels {run}/folds")
     return result
 
 
-def importance(run: Path, predictor: BoostPredictor, data: Data, folds: list[Fold]) -> None:
-    """importance.csv and .png: shares of gain, splits and mean |Shapley contribution| (Lundberg & Lee, 2017), the mean of folds."""
-    generator, shares = np.random.default_rng(0), []
-    for booster, (_, rows) in zip(predictor.boosters, folds, strict=True):
-        some = np.sort(generator.permutation(rows)[: max(1, EXPLAINED // len(folds))])
-        gain, split, contributions = predictor.library.importances(booster, data.matrix[some])
-        shares.append([gain, split, np.abs(contributions[..., :-1]).mean(axis=(0, 1))])
-    means = np.mean(shares, axis=0)
-    order = np.argsort(-means[2], kind="stable")
-    lines = [",".join([json.dumps(data.names[place], ensure_ascii=False), *(f"{value:.8g}" for value in means[:, place])]) for place in order]
-    folder.write_text(run / "importance.csv", "\n".join(["feature,gain,split,shap", *lines]) + "\n")
+def importance(run: Path, predictor: BoostPredictor, parts: list[Part]) -> tuple[list[str], list[list[Any]]]:
+    """importance.csv and .png: gain, splits and mean |Shapley contribution| (Lundberg & Lee, 2017), the mean of folds. Returns the table."""
+    generator, found, data = np.random.default_rng(0), [], parts[0].data
+    for booster, part in zip(predictor.boosters, parts, strict=True):
+        some = np.sort(generator.permutation(part.rows)[: max(1, EXPLAINED // len(parts))])
+        gain, split, shares = predictor.library.importances(booster, data.matrix[some])
+        found.append([gain, split, np.abs(shares.reshape(len(some), -1, len(data.names) + 1)[..., :-1]).mean(axis=(0, 1))])
+    means = np.mean(found, axis=0)
+    order = np.lexsort([-means[0], -np.nan_to_num(means[2])])
+    names, table = ["feature", "gain", "split", "shap"], [[data.names[place], *means[:, place].tolist()] for place in order]
+    folder.write_text(run / "importance.csv", "".join(",".join(map(json.dumps, line)) + "\n" for line in [names, *table]))
     shown = order[:30][::-1]
     drawing, axis = report.figure(7, 1.5 + 0.35 * len(shown))
     for place, name in enumerate(("gain", "splits", "mean |SHAP|")):
-        part = means[place] / max(means[place].sum(), 1e-30)
-        axis.barh(np.arange(len(shown)) + 0.27 * (place - 1), part[shown], 0.25, label=name)
+        axis.barh(np.arange(len(shown)) + 0.27 * (place - 1), means[place, shown] / np.maximum(means[place].sum(), 1e-30), 0.25, label=name)
     axis.set_yticks(range(len(shown)), [data.names[place] for place in shown])
     axis.set(xlabel="share of all columns")
     axis.legend()
     drawing.savefig(run / "importance.png")
+    return names, table
 
 
 def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
     drawing, axis = report.figure()
     for record in records:
-        color, best = f"C{record['fold']}", record["best_round"]
-        axis.plot(range(1, len(record["valid"]) + 1), record["valid"], color=color, label=f"fold {record['fold']}")
+        color, best, valid = f"C{record['fold']}", record["best_round"], record["valid"]
+        axis.plot(range(1, len(valid) + 1), valid, color=color, label=f"fold {record['fold']}, best at {best}")
         axis.plot([int(step) for step in record["train"]], record["train"].values(), "--", color=color, lw=1)
-        axis.plot(best, record["valid"][best - 1], "o", mfc="none", ms=12, color=color)
+        axis.plot(best, valid[best - 1], "o", mfc="none", ms=12, color=color)
     axis.set(xlabel="round", ylabel=f"{records[0]['metric']} (dashed: training rows)")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -206,12 +216,9 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    def add(parser: Any) -> None:
-        parser.add_argument("--screen", action="store_true", help="test each column against the target instead; see boost.screen, boost.level")
-
-    files, overrides, options = command_line(__doc__, add=add)
-    settings = parse(files, overrides)
-    screen.screen(settings) if options.screen else boost(settings)
+    text = "test each column against the target instead; see boost.screen and boost.level"
+    files, overrides, options = command_line(__doc__, add=lambda parser: parser.add_argument("--screen", action="store_true", help=text))
+    (screen.screen if options.screen else boost)(parse(files, overrides))
 
 
 if __name__ == "__main__":

@@ -129,25 +129,28 @@ def predict_file(predictor: Predictor, source: Path, target: Path | None, logits
 
 
 def write_tables(tables: Iterator[dict[str, Any]], target: Path | None) -> None:
-    """CSV or Parquet by the ending, a chunk at a time; the file appears whole."""
+    """CSV or Parquet by the ending, a chunk at a time; the file appears whole or not at all. Without a target all is only computed."""
     import pyarrow as pa
     from pyarrow import csv, parquet
 
-    writer = None
-    aside = target.with_name(f".{target.name}.tmp") if target else None
-    for columns_ in tables:
-        if aside is None or target is None:
-            continue
-        table = pa.table(columns_)
-        if writer is None:
-            try:
-                writer = parquet.ParquetWriter(aside, table.schema) if target.suffix == ".parquet" else csv.CSVWriter(aside, table.schema)
-            except OSError as error:
-                raise UserError(f"--output {target}: cannot be written: {error.strerror or error}") from None
-        writer.write_table(table)
-    if writer and aside and target:
-        writer.close()
-        os.replace(aside, target)
+    if target is None:
+        for _ in tables:
+            pass
+        return
+    aside, writer = target.with_name(f".{target.name}.tmp"), None
+    try:
+        for columns_ in tables:
+            table = pa.table(columns_)
+            writer = writer or (parquet.ParquetWriter if target.suffix == ".parquet" else csv.CSVWriter)(aside, table.schema)
+            writer.write_table(table)
+        if writer:
+            writer.close()
+            os.replace(aside, target)
+    except OSError as error:
+        raise UserError(f"--output {target}: cannot be written: {error.strerror or error}") from None
+    finally:
+        if aside.exists():
+            aside.unlink()
 
 
 def start_processes() -> torch.device:

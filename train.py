@@ -134,9 +134,9 @@ def fit(e: Experiment, tracker: tracking.Tracker, on_eval: OnEval | None) -> Non
                 for micro_step in range(e.plan.accumulation):
                     batch = to_device(next(batches), device)
                     order.seed_everything(e.settings.run.seed, step, micro_step, rank)
-                    with accelerator.accumulate(e.wrapped):
+                    with strategy.accumulating(accelerator, e.wrapped):
                         loss = losses.weighted(loss_of(e.wrapped(batch), batch, progress), batch["factor"])
-                        accelerator.backward(loss)
+                        strategy.backward(accelerator, loss)
                         gradient_norm = strategy.update(accelerator, e.wrapped, e.optimizer, clip)
                     e.loss_sum += loss.detach()
                 progress.step += 1

@@ -76,8 +76,10 @@ def table() -> Workload:
         dataset=TableDataset,
         info=info,
         build=lambda: Model(config, info),
-        settings='[data]\nname = "table"\ntrain = "given.csv"\ntarget = "target"\n'
-        '[model]\nname = "mlp"\nwidth = 256\ndepth = 3\ndropout = 0.0\n',
+        settings="""
+            data = { name = "table", train = "given.csv", target = "target" }
+            model = { name = "mlp", width = 256, depth = 3, dropout = 0.0 }
+        """,
         bars={BARE: 0.95, LIGHTNING: 2.0, TRANSFORMERS: 1.5},
     )
 
@@ -192,7 +194,10 @@ def transformers(workload: Workload, batch_size: int, folder: str, tick: Tick) -
             tick()
 
     arguments = TrainingArguments(
-        f"{folder}/transformers", per_device_train_batch_size=batch_size, num_train_epochs=10**6, use_cpu=True
+        f"{folder}/transformers",
+        per_device_train_batch_size=batch_size,
+        num_train_epochs=10**6,
+        use_cpu=True,
     )
     Trainer(Module(), arguments, train_dataset=Rows(), callbacks=[Ticks()]).train()
 

@@ -76,8 +76,9 @@ def main() -> int:
         table, config = Path(folder, "table.csv"), Path(folder, "startup.toml")
         write_table(table, options.rows, columns=30)
         config.write_text(
-            f'[data]\nname = "table"\ntrain = "{table}"\ntarget = "target"\n'
-            '[model]\nname = "mlp"\nwidth = 256\ndepth = 3\ndropout = 0.0\n[train]\nsteps = 1\n'
+            f'data = {{ name = "table", train = "{table}", target = "target" }}\n'
+            'model = { name = "mlp", width = 256, depth = 3, dropout = 0.0 }\n'
+            "train = { steps = 1 }\n"
         )
         train = str(ROOT / "train.py")
         for run in range(1 + options.runs):

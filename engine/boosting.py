@@ -1,16 +1,19 @@
 """Gradient boosting of a table's raw columns: LightGBM and XGBoost by their native APIs, and prediction from their files."""
 
 import dataclasses
+import importlib
+import operator
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from engine import config, evaluate, folder, settings
+from engine import config, evaluate, folder, process, settings
 from engine.config import UserError, suggestion
 from engine.settings import Settings
 
@@ -23,7 +26,7 @@ class Data:
     """A data file's Table with the chosen columns in one matrix, for any number of folds and trials."""
 
     table: Any
-    """info and preprocessing are of the chosen columns, the target in its own units"""
+    """info and preprocessing are of the chosen columns, the target in its own units; rows["folds"] are training and validation"""
     matrix: np.ndarray
     """float32 [n, features]: numbers, then categories as numbers from 0; NaN where missing or unseen in training"""
     names: list[str]
@@ -35,10 +38,6 @@ class Data:
     def weights(self, rows: np.ndarray, training: bool = False) -> np.ndarray | None:
         factors = [factor[rows] for factor in (self.table.weights, self.class_weights if training else None) if factor is not None]
         return np.prod(factors, axis=0) if factors else None
-
-    def learning_rows(self) -> np.ndarray:
-        """Those that folds are cut from."""
-        return np.sort(np.concatenate([self.table.rows["train"], self.table.rows["valid"]]))
 
 
 @dataclasses.dataclass
@@ -85,15 +84,17 @@ def choose(settings: Settings, table: Any) -> Data:
     matrix = to_matrix(table.numeric[:, places["numeric"]] if wanted else table.numeric, table.categorical[:, places["categorical"]])
     # Trees need no scale: targets stay in their own units, here and where this preprocessing reads a new file.
     units = {"target_mean": 0.0, "target_std": 1.0}
-    counts = {"numeric": len(named["numeric"]), "categories": [table.info.categories[place] for place in places["categorical"]]}
+    sizes = [table.info.categories[place] for place in places["categorical"]]
+    info = dataclasses.replace(table.info, numeric=len(named["numeric"]), categories=sizes, **units)
     vocabularies = {name: learned["vocabularies"][name] for name in named["categorical"]}
+    learned = {**learned, **named, **units, "vocabularies": vocabularies, "missing": []}
     class_weights = None
     if getattr(settings.data, "balance", "none") == "class_weights":
-        rows = np.bincount(table.target[table.rows["train"]])
-        class_weights = (rows.sum() / (len(rows) * rows))[table.target].astype(np.float32)
-    info = dataclasses.replace(table.info, **counts, **units)
-    learned = {**learned, **named, **units, "vocabularies": vocabularies, "missing": []}
-    return Data(dataclasses.replace(table, info=info, preprocessing=learned), matrix, named["numeric"] + named["categorical"], class_weights)
+        counts = np.bincount(table.target[table.rows["train"]])
+        class_weights = (counts.sum() / (len(counts) * counts))[table.target].astype(np.float32)
+    rows = {**table.rows, "folds": np.sort(np.concatenate([table.rows["train"], table.rows["valid"]]))}
+    chosen = dataclasses.replace(table, info=info, preprocessing=learned, rows=rows)
+    return Data(chosen, matrix, named["numeric"] + named["categorical"], class_weights)
 
 
 def to_matrix(numeric: np.ndarray, categorical: np.ndarray) -> np.ndarray:
@@ -111,26 +112,24 @@ def cut(settings: Settings, data: Data) -> list[Fold]:
         return [(table.rows["train"], table.rows["valid"])]
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, TimeSeriesSplit
 
-    rows = data.learning_rows()
+    rows, shuffled = table.rows["folds"], {"shuffle": True, "random_state": getattr(settings.data, "split_seed", 0)}
     target, groups = table.target[rows], None if table.groups is None else table.groups[rows]
+    if not table.info.labels:  # numbers are stratified by their ranks, in ten classes
+        target = np.argsort(np.argsort(target, kind="stable")) * max(1, min(10, len(rows) // count)) // len(rows)
     if split == "auto":
         split = "stratified" if groups is None else "group"
     if split == "group" and groups is None:
         raise UserError('boost.split = "group": needs data.group, the column of which equal values stay in one fold')
-    if not table.info.labels:  # numbers are stratified by their ranks, in ten classes
-        target = np.argsort(np.argsort(target, kind="stable")) * max(1, min(10, len(rows) // count)) // len(rows)
-    smallest = np.unique(target, return_counts=True)[1].min()
-    most, what = {
-        "stratified": (smallest, "rows of the smallest class"),
-        "group": (len(np.unique(groups)) if groups is not None else 0, "groups"),
-        "time": (len(rows) - 1, "rows after the first"),
-    }[split]
+    if split == "time":
+        splitter, most, what = TimeSeriesSplit, len(rows) - 1, "rows after the first"
+    elif split == "group":
+        splitter, most, what = StratifiedGroupKFold, len(np.unique(groups)), "groups"
+    else:
+        splitter, most, what = StratifiedKFold, np.unique(target, return_counts=True)[1].min(), "rows of the smallest class"
     if count > most:
         raise UserError(f"boost.folds = {count}: there are only {most} {what}; choose at most as many")
-    shuffled = {"shuffle": True, "random_state": getattr(settings.data, "split_seed", 0)}
-    kinds = {"stratified": StratifiedKFold, "group": StratifiedGroupKFold}
-    splitter = kinds[split](count, **shuffled) if split in kinds else TimeSeriesSplit(count)
-    return [(rows[fit], rows[held]) for fit, held in splitter.split(rows, target, groups)]
+    folds = splitter(count, **(shuffled if split != "time" else {})).split(rows, target, groups)
+    return [(rows[fit], rows[held]) for fit, held in folds]
 
 
 def margins(predictions: np.ndarray, info: Any) -> np.ndarray:
@@ -146,169 +145,157 @@ def scorer_of(settings: Settings, info: Any) -> evaluate.Scorer:
     return evaluate.Scorer(settings.task.model_copy(update={"loss": "auto", "loss_options": {}}), info, None, torch.device("cpu"))
 
 
-def add_scores(scorer: evaluate.Scorer, predictions: np.ndarray, target: torch.Tensor, weights: torch.Tensor | None) -> None:
+def add_scores(scorer: evaluate.Scorer, predictions: np.ndarray, target: torch.Tensor, weights: torch.Tensor | None = None) -> None:
     """Count rows into a scorer by their probabilities or values."""
     target = target.long() if predictions.ndim == 2 else target.float()
     scorer.add(torch.from_numpy(margins(predictions, scorer.info)), {"target": target}, weights)
 
 
-def score(settings: Settings, data: Data, rows: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+def score(settings: Settings, part: Part, predictions: np.ndarray) -> dict[str, float]:
     """Scores of predicted rows."""
-    scorer, weights = scorer_of(settings, data.table.info), data.weights(rows)
-    add_scores(scorer, predictions, torch.from_numpy(data.table.target[rows]), None if weights is None else torch.from_numpy(weights))
+    scorer, every = scorer_of(settings, part.data.table.info), torch.arange(len(part))
+    add_scores(scorer, predictions, torch.from_numpy(part.data.table.target[part.rows]), part.weights(every))
     return scorer.compute()
 
 
-class LightGBM:
-    suffix = ".txt"
-    settled = re.compile("bin|seed|missing|sparse|bundle|min_data|min_child_s|min_samples|linear|pre_filter|device|force")
-    """parameters that binned rows depend on"""
+class Library:
+    """What the two have in common. Raises UserError where the package is missing."""
+
+    package: str
+    failure: str
+    gpu: dict[str, str]
+    objectives: dict[str, str]
 
     def __init__(self, info: Any, names: list[str]):
-        import lightgbm
+        try:
+            self.module = importlib.import_module(self.package)
+        except ImportError as error:
+            raise UserError(f'boost.library = "{self.package}": cannot be imported ({error}); pip install {self.package}') from None
+        plain = [re.sub(r"\W", "_", name) for name in names]  # neither takes every character in a column's name
+        self.names = [f"{name}_{place}" if plain.count(name) > 1 else name for place, name in enumerate(plain)]
+        self.info, self.error = info, operator.attrgetter(self.failure)(self.module)
 
-        self.module, self.error, self.info, self.names = lightgbm, lightgbm.basic.LightGBMError, info, names
+    def params(self, settings: Settings, **own: Any) -> dict[str, Any]:
+        if settings.boost.device == "gpu" and not torch.cuda.is_available():
+            raise UserError('boost.device = "gpu": there is no GPU here; set it to "cpu"')
+        classes = {"num_class": self.info.outputs} if self.info.kind == "multiclass" else {}
+        values = {"objective": self.objectives[self.info.kind], "seed": settings.run.seed % 2**31, **classes, **own}
+        return values | (self.gpu if settings.boost.device == "gpu" else {}) | settings.boost.params
 
-    def params(self, settings: Settings) -> dict[str, Any]:
-        values = {"objective": self.info.kind, "seed": settings.run.seed % 2**31, "verbosity": 0, "deterministic": True}
-        values |= {"num_class": self.info.outputs} if self.info.kind == "multiclass" else {}
-        values |= {"device_type": "gpu"} if settings.boost.device == "gpu" else {}
-        if not {"force_col_wise", "force_row_wise"} & settings.boost.params.keys():
-            # Left alone, it times two ways to sum and takes the faster: other last digits on another day.
-            values["force_row_wise" if len(self.names) <= 100 else "force_col_wise"] = True
-        return values | settings.boost.params
+    def refuse(self, unknown: list[str]) -> None:
+        if unknown:
+            raise UserError(f"boost.params.{unknown[0]}: {self.package} has no such parameter for this task; correct its name or take it out")
+
+    def load(self, path: Path) -> Any:
+        return self.module.Booster(model_file=path)
+
+
+class LightGBM(Library):
+    package, suffix, failure, gpu = "lightgbm", ".txt", "basic.LightGBMError", {"device_type": "gpu"}
+    objectives = {kind: kind for kind in ("binary", "multiclass", "regression")}
+    settled = re.compile("bin|seed|missing|sparse|bundle|min_data|min_child_s|min_samples|linear|pre_filter|device|force")
+    """parameters that binned rows depend on"""
 
     def train(self, data: Data, fold: Fold, settings: Settings, watch: Any) -> tuple[Any, int]:
         """A booster that predicts with its best round, and that round's number from 1.
 
         After each round `watch(rounds done, metric, its validation value, -> its training value, -> validation predictions)`.
         """
-        params, boost, target, lines, latest = self.params(settings), settings.boost, data.table.target, [], {}
-        self.module.register_logger(Log(lines), "note", "note")
+        boost, target, said, kept = settings.boost, data.table.target, [], {}
+        # Left alone, it times two ways to sum and takes the faster: other last digits on another day.
+        forced = (
+            {} if {"force_col_wise", "force_row_wise"} & boost.params.keys() else {f"force_{'row' if len(self.names) <= 100 else 'col'}_wise": True}
+        )
+        params = self.params(settings, verbosity=0, deterministic=True, **forced)
+        self.module.register_logger(SimpleNamespace(note=said.append), "note", "note")
         key = repr({name: value for name, value in params.items() if self.settled.search(name)})
         if key not in data.binned:
-            rows = data.learning_rows() if boost.folds else fold[0]
-            options = {"feature_name": self.names, "categorical_feature": list(range(self.info.numeric, len(self.names))), "params": params}
-            data.binned = {key: (rows, self.module.Dataset(data.matrix[rows], target[rows], weight=data.weights(rows, True), **options))}
+            rows, categories = data.table.rows["folds"] if boost.folds else fold[0], list(range(self.info.numeric, len(self.names)))
+            options = {"feature_name": self.names, "categorical_feature": categories, "params": params}
+            data.binned = {key: (rows, self.module.Dataset(data.matrix[rows], target[rows], weight=data.weights(rows, True), **options).construct())}
         rows, whole = data.binned[key]
-        train = whole.construct().subset(np.searchsorted(rows, fold[0])) if boost.folds else whole
+        train = whole.subset(np.searchsorted(rows, fold[0])) if boost.folds else whole
         valid = whole.create_valid(data.matrix[fold[1]], target[fold[1]], data.weights(fold[1]))
 
         def keep(predictions: np.ndarray, _: Any) -> tuple[str, float, bool]:
-            latest["predictions"] = predictions
+            kept["predictions"] = predictions
             return "kept", 0.0, True
 
         def after(env: Any) -> None:
-            refuse_unknown("LightGBM", re.findall(r"Unknown parameter: (\S+)", " ".join(lines)))
-            _, metric, value, *_ = env.evaluation_result_list[0]
-            watch(env.iteration + 1, metric, value, lambda: env.model.eval_train()[0][2], lambda: latest["predictions"])
+            self.refuse(re.findall(r"Unknown parameter: (\S+)", " ".join(said)))
+            measured = [line[1:3] for line in env.evaluation_result_list if line[1] != "kept"]
+            if not measured:
+                raise UserError(f"boost.params.metric = {params.get('metric')!r}: lightgbm measures nothing by it; name one of its metrics")
+            watch(env.iteration + 1, *measured[0], lambda: env.model.eval_train()[0][2], lambda: kept["predictions"])
 
         stop = [self.module.early_stopping(boost.patience, first_metric_only=True, verbose=False)] if boost.patience else []
         calls = {"feval": keep if watch.on_round else None, "callbacks": [after, *stop]}
         booster = self.module.train(params, train, boost.rounds, valid_sets=[valid], valid_names=["valid"], **calls)
         return booster, booster.best_iteration if booster.best_iteration > 0 else booster.current_iteration()
 
-    def load(self, path: Path) -> Any:
-        return self.module.Booster(model_file=path)
-
     def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False) -> np.ndarray:
         return booster.predict(matrix, raw_score=margin)
 
     def importances(self, booster: Any, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Gain and splits [features], Shapley contributions [n, outputs, features + 1]."""
-        shares = booster.predict(matrix, pred_contrib=True)
-        return booster.feature_importance("gain"), booster.feature_importance("split"), shares.reshape(len(matrix), -1, len(self.names) + 1)
+        """Gain and splits [features], Shapley contributions [n, (features + 1) x outputs]."""
+        try:
+            shares = booster.predict(matrix, pred_contrib=True)
+        except self.error:  # linear trees have none
+            shares = np.full((len(matrix), len(self.names) + 1), np.nan)
+        return booster.feature_importance("gain"), booster.feature_importance("split"), shares
 
 
-class Log:
-    """What LightGBM calls in place of printing."""
+class XGBoost(Library):
+    package, suffix, failure, gpu = "xgboost", ".ubj", "core.XGBoostError", {"device": "cuda"}
+    objectives = {"binary": "binary:logistic", "multiclass": "multi:softprob", "regression": "reg:squarederror"}
 
-    def __init__(self, lines: list[str]):
-        self.note = lines.append
-
-
-class XGBoost:
-    suffix = ".ubj"
-
-    def __init__(self, info: Any, names: list[str]):
-        import xgboost
-
-        self.module, self.error, self.info, self.names = xgboost, xgboost.core.XGBoostError, info, names
-        types = ["q"] * info.numeric + ["c"] * len(info.categories)
-        self.columns = {"feature_names": names, "feature_types": types, "enable_categorical": True}
-
-    def params(self, settings: Settings) -> dict[str, Any]:
-        objectives = {"binary": "binary:logistic", "multiclass": "multi:softprob", "regression": "reg:squarederror"}
-        values = {"objective": objectives[self.info.kind], "seed": settings.run.seed % 2**31}
-        values |= {"num_class": self.info.outputs} if self.info.kind == "multiclass" else {}
-        return values | ({"device": "cuda"} if settings.boost.device == "gpu" else {}) | settings.boost.params
+    @property
+    def columns(self) -> dict[str, Any]:
+        types = ["q"] * self.info.numeric + ["c"] * len(self.info.categories)
+        return {"feature_names": self.names, "feature_types": types, "enable_categorical": True}
 
     def train(self, data: Data, fold: Fold, settings: Settings, watch: Any) -> tuple[Any, int]:
-        """As LightGBM's. Bins depend on the fold's training rows, so folds share none."""
-        params, boost, target = self.params(settings), settings.boost, data.table.target
-        bins = {"max_bin": params["max_bin"]} if "max_bin" in params else {}
-        key = f"xgboost {bins}"
-        if boost.folds or key not in data.binned:
-            train = valid = None
-            for rows in fold:
-                weights = data.weights(rows, training=train is None)
-                valid = self.module.QuantileDMatrix(data.matrix[rows], target[rows], weight=weights, ref=train, **bins, **self.columns)
-                train = train or valid
-            data.binned = {key: (train, valid)}
-        train, valid = data.binned[key]
+        """As LightGBM's. Bins depend on a fold's training rows, so folds share none."""
+        params, boost = self.params(settings), settings.boost
+        bins = {name: params[name] for name in params.keys() & {"max_bin"}}
+        if boost.folds or str(bins) not in data.binned:
+            sets: list[Any] = [None]
+            for rows, weights in zip(fold, (data.weights(fold[0], True), data.weights(fold[1])), strict=True):
+                label = data.table.target[rows]
+                sets.append(self.module.QuantileDMatrix(data.matrix[rows], label, weight=weights, ref=sets[-1], **bins, **self.columns))
+            data.binned = {str(bins): sets[1:]}
+        train, valid = data.binned[str(bins)]
 
-        class After(self.module.callback.TrainingCallback):
-            def after_iteration(self, model: Any, epoch: int, log: Any) -> bool:
-                refuse_unknown("XGBoost", re.findall(r'Parameters: \{ "([^"]+)', " ".join(str(line.message) for line in caught)))
-                metric, values = next(iter(log["valid"].items()))
-                watch(epoch + 1, metric, values[-1], lambda: value_of(model.eval(train)), lambda: model.predict(valid))
-                return False
+        def after(model: Any, epoch: int, log: Any) -> bool:
+            self.refuse(re.findall(r'Parameters: \{ "([^"]+)', " ".join(str(line.message) for line in caught)))
+            metric, values = next(iter(log["valid"].items()))
+            # eval() says "[round]<tab>name:value<tab>name:value".
+            watch(epoch + 1, metric, values[-1], lambda: float(model.eval(train).split("\t")[1].rpartition(":")[2]), lambda: model.predict(valid))
+            return False
 
-        first = params.get("eval_metric")
-        first = first[0] if isinstance(first, list) else first
-        stop = [self.module.callback.EarlyStopping(rounds=boost.patience, metric_name=first, data_name="valid")] if boost.patience else []
+        calls = [self.module.callback.TrainingCallback()]
+        calls[0].after_iteration = after
+        if boost.patience:
+            named = params.get("eval_metric")
+            first = named[0] if isinstance(named, list) else named
+            calls.append(self.module.callback.EarlyStopping(rounds=boost.patience, metric_name=first, data_name="valid"))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            booster = self.module.train(params, train, boost.rounds, evals=[(valid, "valid")], verbose_eval=False, callbacks=[After(), *stop])
+            booster = self.module.train(params, train, boost.rounds, evals=[(valid, "valid")], verbose_eval=False, callbacks=calls)
         best = booster.best_iteration + 1 if boost.patience else booster.num_boosted_rounds()
         return booster[:best], best
 
-    def load(self, path: Path) -> Any:
-        return self.module.Booster(model_file=path)
-
-    def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False) -> np.ndarray:
-        return booster.predict(self.module.DMatrix(matrix, **self.columns), output_margin=margin)
+    def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False, **more: bool) -> np.ndarray:
+        return booster.predict(self.module.DMatrix(matrix, **self.columns), output_margin=margin, **more)
 
     def importances(self, booster: Any, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As LightGBM's."""
-        found = [booster.get_score(importance_type=kind) for kind in ("total_gain", "weight")]
-        gain, splits = (np.array([values.get(name, 0) for name in self.names]) for values in found)
-        shares = booster.predict(self.module.DMatrix(matrix, **self.columns), pred_contribs=True)
-        return gain, splits, shares.reshape(len(matrix), -1, len(self.names) + 1)
+        gain, splits = (booster.get_score(importance_type=kind) for kind in ("total_gain", "weight"))
+        shares = self.predict(booster, matrix, pred_contribs=True)
+        return *(np.array([found.get(name, 0) for name in self.names]) for found in (gain, splits)), shares
 
 
-def value_of(text: str) -> float:
-    """The first metric of XGBoost's "[round]<tab>name:value…"."""
-    return float(text.split("\t")[1].rpartition(":")[2])
-
-
-def refuse_unknown(name: str, unknown: list[str]) -> None:
-    if unknown:
-        raise UserError(f"boost.params.{unknown[0]}: {name} has no such parameter for this task; correct its name or take it out")
-
-
-def library(settings: Settings, info: Any, names: list[str]) -> LightGBM | XGBoost:
-    """Raises UserError where it is not installed, or boost.device asks for a GPU that is not there."""
-    name = settings.boost.library
-    if settings.boost.device == "gpu" and not torch.cuda.is_available():
-        raise UserError('boost.device = "gpu": there is no GPU here; set it to "cpu"')
-    # Neither takes every character in a column's name.
-    plain = [re.sub(r"\W", "_", column) for column in names]
-    plain = [f"{column}_{place}" if plain.count(column) > 1 else column for place, column in enumerate(plain)]
-    try:
-        return {"lightgbm": LightGBM, "xgboost": XGBoost}[name](info, plain)
-    except ImportError as error:
-        raise UserError(f'boost.library = "{name}": cannot be imported ({error}); pip install {name}') from None
+LIBRARIES = {library.package: library for library in (LightGBM, XGBoost)}
 
 
 def fold_file(run: Path, number: int, suffix: str) -> Path:
@@ -319,12 +306,11 @@ class BoostPredictor:
     """The boosters of a run folder, averaged over folds; to infer.py what Predictor is."""
 
     def __init__(self, path: Path, overrides: list[str] | None = None, files: list[str] | None = None):
-        self.path = path
-        self.settings = settings.parse([path / "config.toml", *(files or [])], overrides or [])
+        self.path, self.settings = path, settings.parse([path / "config.toml", *(files or [])], overrides or [])
         self.info, self.preprocessing = folder.read_info(path), folder.read_preprocessing(path)
-        on_cpu = settings.replaced(self.settings, {"boost.device": "cpu"})
-        self.library = library(on_cpu, self.info, self.preprocessing["numeric"] + self.preprocessing["categorical"])
-        models = [fold_file(path, number, self.library.suffix) for number in range(max(1, self.settings.boost.folds))]
+        names, boost = self.preprocessing["numeric"] + self.preprocessing["categorical"], self.settings.boost
+        self.library = LIBRARIES[boost.library](self.info, names)
+        models = [fold_file(path, number, self.library.suffix) for number in range(max(1, boost.folds))]
         for model in models:
             if not model.exists():
                 raise UserError(f"{path}: the run has not ended, {model.name} of {len(models)} folds is missing; the same boost.py command goes on")
@@ -336,6 +322,8 @@ class BoostPredictor:
     def split(self, part: str) -> Part | None:
         """A part of the run's own data; None where there is no such part."""
         data = prepare(self.settings)
+        if len(self.boosters) > 1 and part == "valid":
+            process.say(f"{self.path}: its folds were trained on the validation part too; out-of-fold scores stand in result.json")
         return Part(data, data.table.rows[part]) if part in data.table.rows else None
 
     def read(self, source: Path, rows: int) -> Iterator[Any]:
@@ -351,21 +339,19 @@ class BoostPredictor:
     def predict(self, dataset: Any, logits: bool, scorer: evaluate.Scorer | None) -> np.ndarray:
         """Probabilities (or margins) [n] or [n, classes], or values [n]: the mean over folds, in the rows' order."""
         positions = torch.arange(len(dataset))
-        batch, weights = dataset.__getitems__(positions), getattr(dataset, "weights", lambda _: None)(positions)
+        batch, weights_of = dataset.__getitems__(positions), getattr(dataset, "weights", lambda _: None)
         numeric = batch["numeric"].numpy() if "numeric" in batch else np.empty((len(dataset), 0), np.float32)
         matrix = to_matrix(numeric, batch["categorical"].numpy()) if "categorical" in batch else numeric
         if scorer:
-            add_scores(scorer, self.average(matrix, False), batch["target"], weights)
+            add_scores(scorer, self.average(matrix, False), batch["target"], weights_of(positions))
         return self.average(matrix, logits)
 
     def average(self, matrix: np.ndarray, margin: bool) -> np.ndarray:
         folds = [self.library.predict(booster, matrix, margin) for booster in self.boosters]
         return folds[0] if len(folds) == 1 else np.mean(folds, axis=0, dtype=np.float64)
 
-    def held_out(self) -> np.ndarray | None:
-        """Predictions of the validation part by the folds that were not trained on it; None where no fold was. Raises UserError."""
-        if len(self.boosters) == 1:
-            return None
+    def held_out(self) -> np.ndarray:
+        """Predictions of the validation part, of each row by the fold that was not trained on it. Raises UserError."""
         from pyarrow import parquet
 
         table, rows = parquet.read_table(self.path / "oof.parquet").to_pandas().set_index("row"), prepare(self.settings).table.rows["valid"]

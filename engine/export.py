@@ -78,6 +78,8 @@ def export_best(run: Path, progress: Any, train: Any) -> Path | None:
     link = run / ".best.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(name)
+    if not (run / "best").is_symlink():  # a copy of a run folder may have a folder in its place
+        shutil.rmtree(run / "best", ignore_errors=True)
     os.replace(link, run / "best")
     for old in run.glob("best-*"):
         if old.name != name:

@@ -25,7 +25,9 @@ def cross_entropy(output: torch.Tensor, batch: dict, progress: Any, *, label_smo
 
 def bce(output: torch.Tensor, batch: dict, progress: Any, *, label_smoothing: float = 0.0) -> torch.Tensor:
     """Binary cross-entropy of logits [n] against batch["target"] [n] in {0., 1.}."""
-    target = batch["target"] * (1 - label_smoothing) + 0.5 * label_smoothing
+    target = batch["target"]
+    if label_smoothing:
+        target = target * (1 - label_smoothing) + 0.5 * label_smoothing
     return F.binary_cross_entropy_with_logits(output.float(), target, reduction="none")
 
 

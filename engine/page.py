@@ -1,6 +1,176 @@
-"""stub"""
+"""report.html, a run on one page that needs nothing beside it, and runs/index.html, all runs in one table.
+
+Its command, `python -m engine.report runs/`, writes the index, and the pages that are missing or old.
+"""
+
+import base64
+import html
+import json
+import os
+import sys
+import time
+import urllib.parse
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import tomli
+
+from engine import report, tracking
+from engine.config import UserError
+
+STYLE = """
+:root { color: #1f2430; background: #fff; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
+body { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem } body.wide { max-width: none; font-size: 14px; padding: 2rem 2.5rem }
+h1 { font-size: 1.5rem; font-weight: 650; letter-spacing: -.01em; margin: 0; overflow-wrap: anywhere }
+h2 { font-size: 1.05rem; font-weight: 650; margin: 2.2rem 0 .6rem } h3 { font-size: .9rem; margin: 0 0 .3rem } p { margin: .3rem 0 }
+.dim, th, dt { color: #6b7280 } .late { color: #a15c00 } a { color: #1d5fbf; text-decoration: none } a:hover { text-decoration: underline }
+code, pre { font: .85em/1.5 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere }
+pre { background: #f5f6f8; border-radius: 6px; padding: .7rem .9rem; margin: .5rem 0; white-space: pre-wrap } svg { display: block }
+table { border-collapse: collapse } th, td { text-align: left; padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid #eceef1 }
+th, td { white-space: nowrap } th { font-weight: 500; font-size: .85em } .n { text-align: right; font-variant-numeric: tabular-nums }
+td a { font-size: .9em; display: inline-block; max-width: 32rem; overflow: hidden; text-overflow: ellipsis; vertical-align: bottom }
+img { max-width: 100%; max-height: 46rem } dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .1rem 1.2rem }
+dl { margin: 0; font-size: .9em } dd { margin: 0; overflow-wrap: anywhere } th.sorts { cursor: pointer }
+.settings { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1.4rem 2.5rem }
+input { font: inherit; padding: .35rem .7rem; border: 1px solid #d5d9e0; border-radius: 6px; width: 20rem; margin: 1rem 0 }
+th[data-up="1"]::after { content: " \\2191" } th[data-up="0"]::after { content: " \\2193" }
+"""
+SORT = """
+const body = document.querySelector("tbody"), heads = [...document.querySelectorAll("th.sorts")];
+heads.forEach(head => head.onclick = () => {
+  const number = head.classList.contains("n"), up = head.dataset.up ? head.dataset.up === "0" : !number;
+  heads.forEach(other => delete other.dataset.up);
+  head.dataset.up = up ? "1" : "0";
+  const value = row => row.cells[head.cellIndex].dataset.value, order = (a, b) => number ? a - b : a.localeCompare(b);
+  const ordered = (a, b) => a === "" || b === "" ? (a === "") - (b === "") : up ? order(a, b) : order(b, a);
+  body.append(...[...body.rows].sort((one, two) => ordered(value(one), value(two))));
+});
+document.querySelector("input").oninput = event => {
+  const words = event.target.value.toLowerCase().split(/\\s+/);
+  for (const row of body.rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
+};
+"""
+FIRST = ["curves", "confusion", "residuals", "importance"]
+PARTS = {"best": "validation", "spread": "spread over folds", "valid": "validation, exported", "test": "test"}
 
 
-def write(run: Path) -> None:
-    (run / "report.html").write_text("stub")
+class Run:
+    """A folder of train.py or boost.py as it lies there, finished or not."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.name = folder, folder.resolve().name
+        self.settings, self.record = tomli.loads((folder / "config.toml").read_text()), tracking.read_record(folder)
+        self.result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
+        self.lines = report.read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+        boosts = (folder / "folds").exists()
+        self.model = self.settings["boost"]["library"] if boosts else self.settings["model"]["label"]
+        self.strategy = ("boost" if boosts else self.settings["strategy"]["name"]) + (" tuned" if self.settings["run"].get("tuned") else "")
+        self.data, self.unused = self.settings["data"]["label"], {"model", "train", "optim", "strategy"} if boosts else {"boost"}
+        self.scores = self.result.get("test") or self.result.get("valid") or self.result.get("best") or {}
+        last = self.lines[-1] if self.lines else {"step": 0, "clock": {"seconds": 0.0}}
+        self.step, self.seconds = self.result.get("step", last["step"]), self.result.get("clock", last["clock"]).get("seconds", 0.0)
+        self.commit = self.record.get("commit", "")[:7] + ("*" if self.record.get("dirty") else "")
+        self.curves = [[line[part]["loss"] for line in self.lines] for part in ("train", "valid")] if self.lines else []
+        self.curves += [json.loads(path.read_text())["valid"] for path in sorted((folder / "folds").glob("fold*.json"))]
+
+
+def text(value: Any) -> str:
+    return html.escape(value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else json.dumps(value))
+
+
+def document(title: str, body: Sequence[str], kind: str = "") -> str:
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{text(title)}</title><style>{STYLE}</style>'
+    icon = '<link rel="icon" href="data:,">'  # else a browser asks for one
+    return f'<!doctype html>\n<html lang="en"><head>{head}{icon}</head>\n<body class="{kind}">\n{"".join(body)}\n</body></html>\n'
+
+
+def pairs(values: Iterable[tuple[str, Any]]) -> str:
+    return "<dl>" + "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in values if value != "") + "</dl>\n"
+
+
+def row(cells: Iterable[tuple[str, Any, str]], tag: str = "td") -> str:
+    """A line of a table, of (class, value to sort by, HTML)."""
+    return "<tr>" + "".join(f'<{tag} class="{kind}" data-value="{text(str(value))}">{shown}</{tag}>' for kind, value, shown in cells) + "</tr>\n"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def spark(curves: Sequence[Sequence[float]], width: int = 110, height: int = 26) -> str:
+    """Small curves on one scale, the last in front."""
+    finite, paths = [value for curve in curves for value in curve if abs(value) < float("inf")], []
+    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+    for place, curve in enumerate(curves if high > low else ()):
+        across = (width - 4) / max(1, len(curve) - 1)
+        shown = [(step, value) for step, value in enumerate(curve) if low <= value <= high][:: 1 + len(curve) // width]
+        points = " ".join(f"{2 + across * step:.1f},{2 + (height - 4) * (high - value) / (high - low):.1f}" for step, value in shown)
+        color = "#1d5fbf" if place == len(curves) - 1 else "#b9c4d4"
+        paths.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.3"/>')
+    return f'<svg width="{width}" height="{height}">{"".join(paths)}</svg>'
+
+
+def write(folder: Path) -> None:
+    """report.html of one run, from what lies in its folder."""
+    run = Run(folder)
+    facts = ["finished" if run.result else "unfinished", f"step {run.step:,}" if run.step else "", duration(run.seconds), run.commit]
+    body = [f'<p class="dim">{text(run.model)} · {text(run.data)} · {text(run.strategy)}</p><h1>{text(run.name)}</h1>']
+    body.append(f'<p class="dim">{" · ".join(text(fact) for fact in facts if fact)}</p>')
+    found = {title: run.result[part] for part, title in PARTS.items() if run.result.get(part)}
+    if found:
+        heads = row([("", "", ""), *(("n", "", title) for title in found)], "th")
+        names = list(next(iter(found.values())))
+        rows = [row([("", "", text(name)), *(("n", "", text(scores.get(name, ""))) for scores in found.values())]) for name in names]
+        body.append(f"<h2>Scores</h2><table>{heads}{''.join(rows)}</table>")
+        source = [f"best/, exported from checkpoints/{path.name}" for path in folder.glob(f"checkpoints/*-step={run.step:08d}")]
+        use = [*source, "best/" if (folder / "best").exists() else "folds/, the average of all"][0]
+        command = text(f"python infer.py {folder} --input new.csv --output predictions.csv")
+        body.append(f"<h2>Checkpoint to use</h2><p><code>{text(use)}</code></p><pre>{command}</pre>")
+    for picture in sorted(folder.glob("*.png"), key=lambda path: (FIRST.index(path.stem) if path.stem in FIRST else len(FIRST), path.stem)):
+        data = base64.b64encode(picture.read_bytes()).decode()
+        body.append(f'<h2>{text(picture.stem.capitalize())}</h2><img alt="{text(picture.stem)}" src="data:image/png;base64,{data}">\n')
+    sections = [(name, values) for name, values in run.settings.items() if name not in run.unused | {"tune"}]
+    body.append('<h2>Settings</h2><div class="settings">')
+    body += [f"<div><h3>{text(name)}</h3>{pairs(values.items())}</div>" for name, values in sections]
+    nested = {key: ", ".join(f"{name} {part}" for name, part in value.items()) for key, value in run.record.items() if isinstance(value, dict)}
+    body.append(f"</div><h2>Origin</h2>{pairs((run.record | nested).items())}")
+    (folder / "report.html").write_text(document(f"{run.model} on {run.data}", body))
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Runs below a folder, the newest first."""
+    found = [path.parent for path in root.rglob("config.toml")]
+    runs = [path for path in found if any((path / name).exists() for name in ("metrics.jsonl", "checkpoints", "folds"))]
+    return sorted(runs, key=lambda path: -(path / "config.toml").stat().st_mtime)
+
+
+def index(root: Path, runs: Sequence[Run]) -> None:
+    """index.html of all runs: scores of the test part where there is one."""
+    names = list(dict.fromkeys(name for run in runs for name in run.scores))
+    heads = [*(("sorts", "", title) for title in ("model", "data", "strategy", "run")), ("", "", "loss")]
+    heads += [("sorts n", "", text(title)) for title in (*names, "step", "time", "date")] + [("sorts", "", "commit")]
+    rows = []
+    for run in runs:
+        link, when = urllib.parse.quote(os.path.relpath(run.folder / "report.html", root)), (run.folder / "config.toml").stat().st_mtime
+        name = f'<a href="{link}" title="{text(run.name)}">{text(run.name)}</a>' + ("" if run.result else ' <span class="late">unfinished</span>')
+        cells = [("", value, text(value)) for value in (run.model, run.data, run.strategy)] + [("", run.name, name), ("", "", spark(run.curves))]
+        cells += [("n", run.scores.get(name, ""), text(run.scores.get(name, ""))) for name in names]
+        cells += [("n", run.step or "", f"{run.step:,}" if run.step else ""), ("n", run.seconds, duration(run.seconds))]
+        cells += [("n", when, time.strftime("%Y-%m-%d %H:%M", time.localtime(when))), ("", run.commit, f"<code>{text(run.commit)}</code>")]
+        rows.append(row(cells))
+    body = [f'<h1>{len(runs)} runs</h1><p class="dim">{text(str(root))}</p><input placeholder="filter by words, sort by a click on a head">']
+    body.append(f"<table><thead>{row(heads, 'th')}</thead><tbody>{''.join(rows)}</tbody></table><script>{SORT}</script>")
+    (root / "index.html").write_text(document(f"{len(runs)} runs", body, "wide"))
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        raise UserError("python -m engine.report: takes one folder of runs, such as runs/")
+    root = Path(sys.argv[1])
+    for folder in run_folders(root):
+        page, parts = folder / "report.html", [folder / name for name in ("config.toml", "metrics.jsonl", "result.json", "tracker.json")]
+        if not page.exists() or any(part.exists() and part.stat().st_mtime > page.stat().st_mtime for part in parts):
+            write(folder)
+    index(root, [Run(folder) for folder in run_folders(root)])
+    print(root / "index.html")

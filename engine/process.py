@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,7 +74,11 @@ def join(backend: str) -> None:
     torchrun keeps one store over its restarts, with the addresses of dead ranks in it (pytorch issue 135712). So rank 0 names
     each start, and the others ask for its name under names of their own, which cannot be left from before.
     """
-    store, me, processes = next(dist.rendezvous("env://"))
+    # The launcher's own store is there before its ranks. Where it is not, the launcher died before die_with_launcher was called.
+    usual = dist.constants.default_pg_timeout
+    patience = timedelta(seconds=30) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else usual
+    store, me, processes = next(dist.rendezvous("env://", timeout=patience))
+    store.set_timeout(usual)
     if me > 0:
         question = uuid.uuid4().hex
         store.set(f"question/{me}", question)

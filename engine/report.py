@@ -93,10 +93,10 @@ class Clock:
 class Journals:
     """metrics.jsonl, a line an evaluation; steps.jsonl, a line each train.log_every; the tracker; the bar or lines on the screen."""
 
-    def __init__(self, run: Path | None, step: int, total: int, tracker: Any):
+    def __init__(self, run: Path | None, step: int, total: int, tracker: Any = None):
         from tqdm import tqdm
 
-        self.tracker = tracker
+        self.tell = tracker.log if tracker else lambda line: None
         self.evaluations, self.steps = Journal(run, "metrics.jsonl", step), Journal(run, "steps.jsonl", step)
         self.silent = run is None or process.rank() > 0
         hidden = self.silent or not sys.stderr.isatty()  # a bar on a terminal, plain lines elsewhere
@@ -115,12 +115,12 @@ class Journals:
 
     def log(self, line: dict[str, Any]) -> None:
         self.steps.write(line)
-        self.tracker.log(line)
+        self.tell(line)
         self.bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
 
     def evaluation(self, line: dict[str, Any], improved: bool) -> None:
         self.evaluations.write(line)
-        self.tracker.log(line)
+        self.tell(line)
         if not self.silent:
             self.bar.clear()
             print(evaluation_line(line, improved), flush=True)
@@ -250,3 +250,9 @@ def draw_predictions(info: Any, predictions: np.ndarray, target: np.ndarray, run
         draw_residuals(predictions, target, run / "residuals.png")
         return "residuals.png"
     return "confusion.png"
+
+
+if __name__ == "__main__":
+    from engine import page
+
+    raise SystemExit(process.exit_status(page.main))

@@ -1,16 +1,38 @@
-"""The search space, the study and its journal: what tune.py asks of Optuna."""
+"""The search space, the study and its storage, and which of its trials are still wanted: what tune.py asks of Optuna."""
 
+import datetime
+import fcntl
 import json
 import math
+import os
+import socket
+import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from engine import tracking
 from engine.config import UserError, suggestion
-from engine.settings import Settings, Tune, replaced
+from engine.settings import Settings, replaced
 
 RANGE_KEYS = {"low", "high", "log", "step"}
-FREE = "boost.params."
+MOST_FAILURES = 5  # one after another
+TRIES = 3  # of a trial whose worker died
+UNSIGNED = 5  # seconds within which a worker signs a trial
+
+
+def rule(settings: Settings) -> tuple[str, str]:
+    """("max" or "min", the score that decides). A study must know it before the first trial."""
+    if settings.task.best == "auto":
+        raise UserError('task.best = "auto": a search needs it by name, such as "max accuracy" or "min rmse"')
+    direction, score = settings.task.best.split()
+    return direction, score
+
+
+# The space
 
 
 def check_space(settings: Settings) -> None:
@@ -20,59 +42,72 @@ def check_space(settings: Settings) -> None:
         errors.append('tune.space: empty; name what is searched, such as "optim.lr" = { low = 1e-5, high = 1e-2, log = true }')
     for key, wanted in space.items():
         try:
-            check_key(settings, key)
-            for value in range_ends(key, wanted) if isinstance(wanted, dict) else choices(key, wanted):
+            current(settings, key)
+            for value in range_ends(settings, key, wanted) if isinstance(wanted, dict) else wanted:
                 replaced(settings, {key: value})
+            if not wanted:
+                raise UserError(f"tune.space.{key!r} = []: empty; give the values to choose from")
         except UserError as error:
             errors += [line if line.startswith("tune.space") else f"tune.space: {line}" for line in error.lines]
     if errors:
         raise UserError(*errors)
 
 
-def check_key(settings: Settings, key: str) -> None:
-    section, _, name = key.partition(".")
-    if key.startswith(FREE) and len(key) > len(FREE):
-        return
+def current(settings: Settings, key: str) -> Any:
+    """The config's own value of "section.key", or of "section.table.entry" (None where the table lacks it). Raises UserError."""
     values = settings.values()
-    if section in ("tune", "track", "run") or section not in values or name not in values[section]:
-        known = [f"{section}.{name}" for section in ("model", "optim", "train", "data", "task", "strategy", "boost") for name in values[section]]
-        raise UserError(f"tune.space.{key!r}: no such setting{suggestion(key, known)}" if section in values else f"tune.space.{key!r}: no such section")
+    section, _, name = key.partition(".")
+    name, _, entry = name.partition(".")
+    known = [f"{section}.{name}" for section in values.keys() - {"run", "track", "tune"} for name in values[section]]
+    if f"{section}.{name}" not in known or (entry and not isinstance(values[section][name], dict)):
+        raise UserError(f"tune.space.{key!r}: no such setting{suggestion(key, known)}")
+    return values[section][name].get(entry) if entry else values[section][name]
 
 
-def range_ends(key: str, wanted: Mapping[str, Any]) -> list[int | float]:
+def whole(settings: Settings, key: str, wanted: Mapping[str, Any]) -> bool:
+    """Whether a range gives whole numbers: of whole ends, unless the setting itself is a real number."""
+    numbers = [wanted["low"], wanted["high"], wanted.get("step", 1)]
+    return all(isinstance(number, int) for number in numbers) and not isinstance(current(settings, key), float)
+
+
+def range_ends(settings: Settings, key: str, wanted: Mapping[str, Any]) -> list[int | float]:
     unknown = sorted(set(wanted) - RANGE_KEYS)
     if unknown:
         raise UserError(f"tune.space.{key!r}: unknown key {unknown[0]!r}{suggestion(unknown[0], RANGE_KEYS)}")
-    ends = [wanted.get("low"), wanted.get("high")]
-    if not all(isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end) for end in ends):
-        raise UserError(f"tune.space.{key!r} = {dict(wanted)}: needs two numbers, low and high")
-    low, high = ends
-    if low >= high:
-        raise UserError(f"tune.space.{key!r}: low = {low} must be less than high = {high}")
-    if wanted.get("log") and low <= 0:
-        raise UserError(f"tune.space.{key!r}: low = {low} must be above 0 where log = true")
-    if wanted.get("log") and "step" in wanted:
-        raise UserError(f"tune.space.{key!r}: step = {wanted['step']} cannot be had with log = true; drop one")
-    if wanted.get("step", 1) <= 0:
-        raise UserError(f"tune.space.{key!r}: step = {wanted['step']} must be above 0")
-    return [low, high]
+    numbers, log = [wanted.get("low"), wanted.get("high"), wanted.get("step", 1)], wanted.get("log", False)
+    if not all(isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number) for number in numbers):
+        raise UserError(f"tune.space.{key!r} = {dict(wanted)}: needs two numbers, low and high, and step as a number where it is given")
+    low, high, step = numbers
+    for wrong, said in {
+        low >= high: f"low = {low} must be less than high = {high}",
+        not isinstance(log, bool): f"log = {log!r} must be true or false",
+        log is True and low <= 0: f"low = {low} must be above 0 where log = true",
+        log is True and "step" in wanted: f"step = {step} cannot be had with log = true; drop one",
+        step <= 0: f"step = {step} must be above 0",
+    }.items():
+        if wrong:
+            raise UserError(f"tune.space.{key!r}: {said}")
+    return [low, high, low + step] if "step" in wanted and low + step <= high else [low, high]
 
 
-def choices(key: str, wanted: list[Any]) -> list[Any]:
-    if not wanted:
-        raise UserError(f"tune.space.{key!r} = []: empty; give the values to choose from")
-    return wanted
+def plain(wanted: list[Any]) -> bool:
+    """Optuna takes no lists or tables as choices: their place stands for them."""
+    return all(isinstance(value, str | int | float | bool) for value in wanted)
 
 
-def suggest(trial: Any, space: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a trial by setting. A range of two whole numbers gives whole numbers."""
+def chosen(settings: Settings, key: str, drawn: Any) -> Any:
+    """The value of a setting, from what Optuna keeps of it."""
+    wanted = settings.tune.space[key]
+    return drawn if isinstance(wanted, dict) or plain(wanted) or drawn is None else wanted[drawn]
+
+
+def suggest(trial: Any, settings: Settings) -> dict[str, Any]:
+    """The values of a trial by setting."""
     values = {}
-    for key, wanted in space.items():
+    for key, wanted in settings.tune.space.items():
         if not isinstance(wanted, dict):
-            # Optuna takes no lists as choices: their place in the list stands for them.
-            plain = all(isinstance(value, str | int | float | bool) for value in wanted)
-            values[key] = trial.suggest_categorical(key, wanted) if plain else wanted[trial.suggest_categorical(key, range(len(wanted)))]
-        elif isinstance(wanted["low"], int) and isinstance(wanted["high"], int):
+            values[key] = chosen(settings, key, trial.suggest_categorical(key, wanted if plain(wanted) else range(len(wanted))))
+        elif whole(settings, key, wanted):
             values[key] = trial.suggest_int(key, wanted["low"], wanted["high"], step=wanted.get("step", 1), log=wanted.get("log", False))
         else:
             values[key] = trial.suggest_float(key, wanted["low"], wanted["high"], step=wanted.get("step"), log=wanted.get("log", False))
@@ -81,14 +116,17 @@ def suggest(trial: Any, space: Mapping[str, Any]) -> dict[str, Any]:
 
 def first_trial(settings: Settings) -> dict[str, Any]:
     """The config's own numbers, as far as the space holds them."""
-    values, first = settings.values(), {}
+    first = {}
     for key, wanted in settings.tune.space.items():
-        section, _, name = key.partition(".")
-        value = settings.boost.params.get(key.removeprefix(FREE)) if key.startswith(FREE) else values[section].get(name)
-        inside = wanted["low"] <= value <= wanted["high"] if isinstance(wanted, dict) and value is not None else value in wanted
-        if inside and (isinstance(wanted, dict) or isinstance(value, str | int | float | bool)):
-            first[key] = value
+        value = current(settings, key)
+        if isinstance(wanted, dict):
+            first |= {key: value} if value is not None and wanted["low"] <= value <= wanted["high"] else {}
+        elif value in wanted:
+            first[key] = value if plain(wanted) else wanted.index(value)
     return first
+
+
+# The study
 
 
 def by_name(module: Any, key: str, name: str, options: dict[str, Any]) -> Any:
@@ -98,57 +136,192 @@ def by_name(module: Any, key: str, name: str, options: dict[str, Any]) -> Any:
         raise UserError(f"tune.{key} = {name!r}: no such class of {module.__name__}{suggestion(name, known)}")
     try:
         return getattr(module, name)(**options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"tune.{key}_options = {options}: {name} refuses them: {error}") from None
+
+
+class JournalLock:
+    """The kernel's own lock, which ends with its owner. It also cuts off a line that a kill tore: the next would be glued to it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def acquire(self) -> bool:
+        self.file = open(self.path, "r+b")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        size = self.file.seek(0, os.SEEK_END)
+        if size and (self.file.seek(-1, os.SEEK_END), self.file.read())[1] != b"\n":
+            self.file.seek(0)
+            self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        self.file.close()
 
 
 def storage(folder: Path, url: str) -> Any:
     """The journal in the study's folder, or any storage of Optuna by its URL. Raises UserError where it cannot be reached."""
     import optuna
-
-    if not url:
-        # An absolute path, else a lock that a killed worker left is never taken over.
-        path = str((folder / "study.journal").resolve())
-        journal = optuna.storages.journal
-        return optuna.storages.JournalStorage(journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path, grace_period=5)))
     from sqlalchemy.exc import SQLAlchemyError
 
+    if not url:
+        path = folder / "study.journal"
+        backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=JournalLock(path))
+        return optuna.storages.JournalStorage(backend)
     try:
         return optuna.storages.get_storage(url)
     except (SQLAlchemyError, ValueError, ImportError, OSError) as error:
-        raise UserError(f"tune.storage = {url!r}: cannot be reached: {str(error).splitlines()[0]}") from None
+        said = tracking.without_secrets(str(error).splitlines()[0])
+        raise UserError(f"tune.storage = {tracking.without_secrets(url)!r}: cannot be reached: {said}") from None
 
 
-def mend_journal(folder: Path) -> None:
-    """With no writer alive: cut a line that a kill tore, else the next would be glued to it, and drop the killed writer's lock."""
-    path = folder / "study.journal"
-    (folder / "study.journal.lock").unlink(missing_ok=True)
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        with open(path, "r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
-
-
-def open_study(settings: Settings, folder: Path, seed: int, direction: str) -> Any:
-    """The study of these settings, begun or gone on with. Raises UserError for a study of another space."""
+def open_study(settings: Settings, folder: Path, seed: int) -> Any:
+    """The study of these settings, begun or gone on with. Raises UserError for a study of others."""
     import optuna
 
-    tune: Tune = settings.tune
+    tune = settings.tune
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options = dict(tune.sampler_options)
     if "seed" in getattr(optuna.samplers, tune.sampler, object).__init__.__code__.co_varnames:
-        options.setdefault("seed", seed)
+        options.setdefault("seed", seed % 2**32)
     study = optuna.create_study(
         study_name=folder.name,
-        storage=storage(folder, tune.storage),
         sampler=by_name(optuna.samplers, "sampler", tune.sampler, options),
         pruner=by_name(optuna.pruners, "pruner", tune.pruner, tune.pruner_options),
-        direction={"max": "maximize", "min": "minimize"}[direction],
+        storage=storage(folder, tune.storage),
+        direction={"max": "maximize", "min": "minimize"}[rule(settings)[0]],
         load_if_exists=True,
     )
-    space = json.dumps(tune.space, sort_keys=True)
-    if study.user_attrs.setdefault("space", space) != space:
-        before = json.loads(study.user_attrs["space"])
-        different = sorted(key for key in before.keys() | tune.space if before.get(key) != tune.space.get(key))[0]
-        raise UserError(f"{folder}: the study {folder.name} searches another space (it differs at {different!r}); set run.dir to another folder")
-    study.set_user_attr("space", space)
+    ours = json.loads(json.dumps(tracking.result_values(settings.values(), settings, "tune")))
+    theirs = study.user_attrs.get("settings", ours)
+    for key in sorted(ours.keys() | theirs):
+        if ours.get(key) != theirs.get(key):
+            what = f"{key} = {theirs.get(key)!r} there, {ours.get(key)!r} here"
+            raise UserError(f"{folder}: the study {folder.name} is one of another config ({what}); set run.dir to another folder")
+    if "settings" not in study.user_attrs:
+        study.set_user_attr("settings", ours)
     return study
+
+
+# Which trials are wanted
+
+
+def identity() -> str:
+    """Host, process and when it was born: a process number comes again."""
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def at_work(trial: Any) -> bool:
+    """Whether a running trial's worker lives. Those of other hosts are their own supervisor's affair."""
+    host, pid, born = trial.user_attrs.get("worker", "  ").split(" ")
+    if not host:
+        return (datetime.datetime.now() - trial.datetime_start).total_seconds() < UNSIGNED
+    try:
+        worker = psutil.Process(int(pid)) if host == socket.gethostname() else None
+        return worker is None or (abs(worker.create_time() - float(born)) < 3 and worker.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def failed(trial: Any) -> bool:
+    """Whether it was given up: for its own reason, or since its workers died again and again."""
+    return trial.state.name == "FAIL" and ("reason" in trial.user_attrs or trial.user_attrs["try"] >= TRIES)
+
+
+class Search:
+    """A study, and the slots of its wanted trials.
+
+    A slot is done when one trial of it has finished. Where two supervisors queue a trial for the same slot at once, the lower
+    number stands: so many machines end with exactly the wanted count. Trials without a slot lost a race for the last waiting one.
+    """
+
+    def __init__(self, settings: Settings, place: Path, begun: float, worker: int = 0):
+        self.settings, self.place, self.begun = settings, place, begun
+        self.study = open_study(settings, place, settings.run.seed)
+        # A sampler that starts anew must not draw what it drew before; the first worker of a fresh study has run.seed itself.
+        drawn = len(self.study.get_trials(deepcopy=False)) - len(self.in_state("WAITING"))
+        host = zlib.crc32(socket.gethostname().encode()) if settings.tune.storage else 0
+        if shift := drawn * settings.tune.workers + worker + host:
+            self.study = open_study(settings, place, settings.run.seed + shift)
+
+    def in_state(self, *states: str) -> list[Any]:
+        """Trials of slots in these states; all without one."""
+        trials = self.study.get_trials(deepcopy=False)
+        return [trial for trial in trials if "slot" in trial.user_attrs and (not states or trial.state.name in states)]
+
+    def waiting(self) -> bool:
+        return bool(self.in_state("WAITING"))
+
+    def unsigned(self) -> bool:
+        return any("worker" not in trial.user_attrs for trial in self.in_state("RUNNING"))
+
+    def top_up(self) -> None:
+        """Fail the trials of dead workers and queue their values again; see that each slot has a trial."""
+        from optuna.trial import TrialState, create_trial
+
+        for trial in self.in_state("RUNNING"):
+            if not at_work(trial):
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        slots: dict[int, list[Any]] = {slot: [] for slot in range(self.settings.tune.trials)}
+        for trial in self.in_state():
+            slots.setdefault(trial.user_attrs["slot"], []).append(trial)
+        for slot, trials in slots.items():
+            if any(trial.state.name != "FAIL" for trial in trials):
+                continue
+            attributes, known = {"slot": slot, "try": 1}, {}
+            if not trials and slot == 0:
+                known = {"fixed_params": first_trial(self.settings)}
+            elif trials and not failed(trials[-1]):
+                attributes["try"] = trials[-1].user_attrs["try"] + 1
+                known = {"fixed_params": trials[-1].system_attrs.get("fixed_params", {}) | trials[-1].params}
+            # Where nothing is known the attribute must be missing: some samplers leave a trial that has it alone.
+            self.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes, system_attrs=known))
+
+    def draw(self) -> Any:
+        """The next waiting trial, signed; None where another worker was faster."""
+        trial = self.study.ask()
+        slot = trial.user_attrs.get("slot")
+        rivals = [other for other in self.in_state() if other.user_attrs["slot"] == slot and other.number < trial.number]
+        if slot is None or any(other.state.name != "FAIL" for other in rivals):
+            self.tell(trial, "FAIL", None)
+            return None
+        trial.set_user_attr("worker", identity())
+        return trial
+
+    def tell(self, trial: Any, state: str, value: Any) -> None:
+        from optuna.trial import TrialState
+
+        if state == "FAIL" and value:
+            trial.set_user_attr("reason", value)
+        try:
+            self.study.tell(trial, value if state == "COMPLETE" else None, state=TrialState[state])
+        except RuntimeError:  # how a sampler that has tried all says so, outside of Optuna's own loop
+            self.study.set_user_attr("exhausted", True)
+
+    def failures(self) -> list[Any]:
+        """The last ones one after another, since this command began."""
+        ended = [trial for trial in self.in_state("COMPLETE", "PRUNED", "FAIL") if trial.datetime_complete.timestamp() >= self.begun]
+        ended = sorted((trial for trial in ended if trial.state.name != "FAIL" or failed(trial)), key=lambda trial: trial.datetime_complete)
+        last = max((place for place, trial in enumerate(ended) if trial.state.name != "FAIL"), default=-1)
+        return ended[last + 1 :]
+
+    def over(self) -> bool:
+        """Whether no further trial may begin."""
+        late = 0 < self.settings.tune.timeout <= time.time() - self.begun
+        return late or len(self.failures()) >= MOST_FAILURES or self.study.user_attrs.get("exhausted", False)
+
+    def refuse_failures(self) -> None:
+        if len(failures := self.failures()) >= MOST_FAILURES:
+            reason = failures[-1].user_attrs.get("reason", "its worker died")
+            raise UserError(f"{len(failures)} trials failed one after another, the last by: {reason}")
+
+    def line(self) -> str:
+        """Best value, trials done, pruned, failed, time left."""
+        complete, pruned = self.in_state("COMPLETE"), self.in_state("PRUNED")
+        done, trials, now = complete + pruned, self.settings.tune.trials, time.time()
+        best = f"{self.study.best_value:.6g}" if complete else "none yet"
+        text = f"best {best}  done {len(done)}/{trials}  pruned {len(pruned)}  failed {sum(map(failed, self.in_state('FAIL')))}"
+        lately = sum(trial.datetime_complete.timestamp() >= self.begun for trial in done)
+        left = [(now - self.begun) / lately * (trials - len(done))] if lately else []
+        left += [self.begun + self.settings.tune.timeout - now] if self.settings.tune.timeout else []
+        return f"{text}  left {datetime.timedelta(seconds=round(max(0, min(left))))}" if left else text

@@ -1,83 +1,160 @@
-"""What a study leaves: trials.csv, best.toml, pictures."""
+"""What a study leaves: trials.csv, best.toml, pictures, its record in the trackers. And LightGBM's stepwise study."""
 
+import contextlib
+import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
+from engine import boosting, process, search, tracking
+from engine.config import UserError
 from engine.folder import write_text
-from engine.search import FREE
-from engine.settings import Settings
+from engine.search import Search
+from engine.settings import Settings, replaced
 
-PICTURES = {"history": "plot_optimization_history", "importances": "plot_param_importances", "slices": "plot_slice", "parallel": "plot_parallel_coordinate"}
+PICTURES = {
+    "history": "plot_optimization_history",
+    "importances": "plot_param_importances",
+    "slices": "plot_slice",
+    "parallel": "plot_parallel_coordinate",
+}
 
 
-def conclude(study: Any, settings: Settings, place: Path) -> None:
+def conclude(found: Search, tracker: tracking.Tracker) -> None:
     """Write what there is so far, also of a study that was cut short."""
-    from optuna.trial import TrialState
-
-    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished() and "surplus" not in trial.user_attrs]
-    write_trials(trials, settings, place)
-    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    failed = [trial for trial in trials if trial.state == TrialState.FAIL and "reason" in trial.user_attrs]
-    if failed and not finished:
-        print(f"no trial finished; the last failed with: {failed[-1].user_attrs['reason']}", flush=True)
-    if finished:
+    settings, place, study = found.settings, found.place, found.study
+    trials = [trial for trial in found.in_state() if trial.state.is_finished()]
+    table = rows(trials, settings)
+    write_trials(table, place)
+    if finished := [trial for trial in trials if trial.state.name == "COMPLETE"]:
         best = study.best_trial
-        write_best(best.params, settings, place)
-        print(f"best {best.value:.6g} in trial {best.number}: {best.params}", flush=True)
-        print(f"train with it: python train.py --config … --config {place}/best.toml", flush=True)
-        draw(study, place, len(finished))
-    where = settings.tune.storage or (place / "study.journal")
-    print(f"look at the study: optuna-dashboard {where}", flush=True)
+        values = {key: search.chosen(settings, key, value) for key, value in best.params.items()}
+        write_best(values, settings, place)
+        print(f"best {best.value:.6g} in trial {best.number}: {values}", flush=True)
+        draw(study, place, len(finished), list(settings.tune.space))
+        score = search.rule(settings)[1]
+        for row in table:
+            tracker.log({"step": row["number"]} | {key: value for key, value in row.items() if key != "number"})
+        pictures = [place / f"{name}.png" for name in PICTURES if (place / f"{name}.png").exists()]
+        cells = [list(map(str, row.values())) for row in table]
+        tracker.conclude(table[-1]["number"] + 1, {"best": {score: best.value}, "step": best.number}, pictures, (list(table[0]), cells))
+    say_where(settings, place, bool(finished))
 
 
-def write_trials(trials: list[Any], settings: Settings, place: Path) -> None:
-    import pandas as pd
+def say_where(settings: Settings, place: Path, best: bool) -> None:
+    if best:
+        script = "boost.py" if settings.tune.target == "boost" or settings.tune.method != "search" else "train.py"
+        print(f"train with it: python {script} --config … --config {shlex.quote(str(place / 'best.toml'))}", flush=True)
+    where = tracking.without_secrets(settings.tune.storage) or str(place / "study.journal")
+    print(f"look at the study: optuna-dashboard {shlex.quote(where)}", flush=True)
 
-    rows = []
+
+def rows(trials: list[Any], settings: Settings) -> list[dict[str, Any]]:
+    """A row a trial."""
+    found = []
     for trial in trials:
         seconds = (trial.datetime_complete - trial.datetime_start).total_seconds() if trial.datetime_start else 0.0
         row = {"number": trial.number, "state": trial.state.name, "value": trial.value, "seconds": seconds, "steps": len(trial.intermediate_values)}
-        reason = trial.user_attrs.get("reason", "worker died" if trial.state.name == "FAIL" else "")
-        rows.append(row | {key: trial.params.get(key) for key in settings.tune.space} | {"reason": reason})
-    write_text(place / "trials.csv", pd.DataFrame(rows).to_csv(index=False))
+        row |= {key: search.chosen(settings, key, trial.params.get(key)) for key in settings.tune.space} or trial.params
+        found.append(row | {"reason": trial.user_attrs.get("reason", "its worker died" if trial.state.name == "FAIL" else "")})
+    return found
 
 
-def write_best(params: dict[str, Any], settings: Settings, place: Path) -> None:
+def write_trials(table: list[dict[str, Any]], place: Path) -> None:
+    import pandas as pd
+
+    write_text(place / "trials.csv", pd.DataFrame(table).to_csv(index=False))
+
+
+def write_best(values: dict[str, Any], settings: Settings, place: Path) -> None:
     """Only what was tuned. A free table is replaced whole by a later file, so it stands here whole."""
     import tomli_w
 
-    values: dict[str, dict[str, Any]] = {"run": {"tuned": True}}
-    for key, value in params.items():
-        wanted = settings.tune.space[key]
-        if isinstance(wanted, list) and value not in wanted:
-            value = wanted[value]  # choices that Optuna cannot hold are drawn by place
-        section, _, name = key.partition(".")
-        if key.startswith(FREE):
-            values.setdefault("boost", {}).setdefault("params", dict(settings.boost.params))[key.removeprefix(FREE)] = value
-        else:
-            values.setdefault(section, {})[name] = value
-    write_text(place / "best.toml", tomli_w.dumps(values))
+    found: dict[str, dict[str, Any]] = {"run": {"tuned": True}}
+    whole = replaced(settings, values).values()
+    for key in values:
+        section, name, *_ = key.split(".")
+        found.setdefault(section, {})[name] = whole[section][name]
+    write_text(place / "best.toml", tomli_w.dumps(found))
 
 
-def draw(study: Any, place: Path, finished: int) -> None:
+def draw(study: Any, place: Path, finished: int, keys: list[str]) -> None:
     """PNG by matplotlib; HTML that opens offline by plotly, where it is installed."""
-    import warnings
-
     import matplotlib
 
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     from optuna import visualization
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna calls its pictures experimental, one by one
         for name, function in PICTURES.items():
-            if name == "importances" and finished < 2:
-                continue
-            axes = getattr(visualization.matplotlib, function)(study)
-            first = axes.ravel()[0] if hasattr(axes, "ravel") else axes
-            first.figure.set_size_inches(max(7, 3 * getattr(axes, "size", 1)), 4.5)
-            first.figure.savefig(place / f"{name}.png", dpi=110, bbox_inches="tight")
-            if visualization.is_available():
-                getattr(visualization, function)(study).write_html(place / f"{name}.html", include_plotlyjs=True)
+            options = {"params": keys} if keys and name != "history" else {}
+            # With one value, or values that are all the same, nothing can be said of importance.
+            with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):
+                if name == "importances" and finished < 2:
+                    continue
+                axes = getattr(visualization.matplotlib, function)(study, **options)
+                first = axes.ravel()[0] if hasattr(axes, "ravel") else axes
+                first.figure.set_size_inches(max(8, 3 * getattr(axes, "size", 1)), 4.5)
+                first.figure.savefig(place / f"{name}.png", dpi=110, bbox_inches="tight")
+                plt.close(first.figure)
+                if visualization.is_available():
+                    getattr(visualization, function)(study, **options).write_html(place / f"{name}.html", include_plotlyjs=True)
     if not visualization.is_available():
         print("pictures as HTML: pip install plotly (requirements-extra.txt)", flush=True)
+
+
+def stepwise(settings: Settings, place: Path) -> None:
+    """LightGBM's parameters one after another by optuna-integration, each tried over K folds of the raw table."""
+    import optuna
+    from optuna.trial import TrialState
+
+    try:
+        from optuna_integration.lightgbm import LightGBMTunerCV
+    except ImportError:
+        raise UserError('tune.method = "lightgbm-stepwise": needs pip install optuna-integration (requirements-extra.txt)') from None
+    import lightgbm
+    import numpy as np
+
+    if process.world_size() > 1:
+        raise UserError('tune.method = "lightgbm-stepwise": is one process; start it by python')
+    settings = replaced(settings, {"boost.library": "lightgbm", "boost.folds": settings.boost.folds or 5, "tune.target": "boost", "tune.space": {}})
+    owner = process.lock(place)  # noqa: F841, it lasts as long as this name
+    data = boosting.prepare(settings)
+    folds = boosting.cut(settings, data)
+    learned = np.unique(np.concatenate([part for fold in folds for part in fold]))
+    library = boosting.library(settings, data.table.info, data.names)
+    kind, score = data.table.info.kind, search.rule(settings)[1]
+    usual = {"binary": "binary_logloss", "multiclass": "multi_logloss", "regression": "rmse"}[kind]
+    known = {"auroc": "auc" if kind == "binary" else "auc_mu", "mae": "l1", "accuracy": "binary_error" if kind == "binary" else "multi_error"}
+    params = {"metric": known.get(score, usual), **library.params(settings), "verbosity": -1, "feature_pre_filter": False}
+    direction = "max" if params["metric"] in ("auc", "auc_mu", "average_precision", "map", "ndcg") else "min"
+    settings = replaced(settings, {"task.best": f"{direction} {score}"})
+    study = search.open_study(settings, place, settings.run.seed)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+
+    def say(_: Any, trial: Any) -> None:
+        print(f"best {study.best_value:.6g} {params['metric']}  done {trial.number + 1}  now {trial.params}", flush=True)
+
+    options = {"feature_name": library.names, "categorical_feature": list(range(data.table.info.numeric, len(data.names)))}
+    whole = lightgbm.Dataset(data.matrix[learned], data.table.target[learned], weight=data.weights(learned, True), **options)
+    stop = [lightgbm.early_stopping(settings.boost.patience, verbose=False)] if settings.boost.patience else []
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    places = [tuple(np.searchsorted(learned, part) for part in fold) for fold in folds]
+    how = {"callbacks": stop, "optuna_callbacks": [say], "show_progress_bar": False, "optuna_seed": settings.run.seed % 2**32}
+    how |= {"time_budget": int(settings.tune.timeout)} if settings.tune.timeout else {}
+    tuner = LightGBMTunerCV(params, whole, settings.boost.rounds, folds=places, study=study, **how)
+    with tracking.Tracker(settings, place, "tune") as tracker:
+        tracker.start()
+        try:
+            tuner.run()
+        finally:
+            trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+            write_trials(rows(trials, settings), place)
+            if any(trial.state.name == "COMPLETE" for trial in trials):
+                tuned = {name for trial in trials for name in trial.params}
+                write_best({f"boost.params.{name}": value for name, value in tuner.best_params.items() if name in tuned}, settings, place)
+                draw(study, place, 0, [])
+            say_where(settings, place, True)

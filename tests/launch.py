@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,13 +22,13 @@ from typing import Any
 
 from commands import ROOT, environment
 
-TRAIN = ROOT / "train.py"
 PACKAGES = [
     "accelerate", "deepspeed", "deepspeed.runtime.zero.muon.original_muon", "matplotlib.backends.backend_agg", "pandas",
     "sklearn.datasets", "tomli", "torch._inductor.compile_fx", "torch.distributed.run", "torchmetrics", "tqdm", "transformers",
 ]  # fmt: skip
 SINGLE = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")} | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
+CHILD = ROOT / "tests" / "child.py"
 TINY = (
     "model.width=16", "model.depth=1", "train.steps=24", "train.batch_size=64", "train.clip=1.0", "train.log_every=3",
     "train.eval_every=7", "train.save_every=5", "run.deterministic=true",
@@ -148,7 +149,7 @@ def start(
     log: Path,
     processes: int = 1,
     launcher: Sequence[str] = (),
-    script: Path = TRAIN,
+    script: Path = ROOT / "train.py",
     folder: Path = ROOT,
     cold: bool = False,
     before: Sequence[str] = (),
@@ -175,6 +176,22 @@ def start(
         process.start()
     started.append(Running(process, log))
     return started[-1]
+
+
+def copy_of_repository(folder: Path, **files: str) -> Path:
+    """The product's own files, and more of them: models__tied="..." becomes models/tied.py."""
+    for path in [
+        *ROOT.glob("*.py"),
+        ROOT / "pyproject.toml",
+        *(path for name in ("engine", "models", "data", "conf") for path in (ROOT / name).iterdir()),
+        CHILD,
+    ]:
+        if path.is_file():
+            (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / path.relative_to(ROOT))
+    for name, text in files.items():
+        (folder / f"{name.replace('__', '/')}.py").write_text(text)
+    return folder
 
 
 def run(*words: object, timeout: float = 120, **how: Any) -> str:

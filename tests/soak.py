@@ -19,10 +19,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import launch
 
-CHILD = Path(__file__).with_name("child.py")
 ALL_RANKS = ("step", "copy", "write", "gather")
 SHARDED = ("written model", "written optim")  # under ddp rank 0 alone writes tensors
 RANK_ZERO = ("manifest", "rename", "prune", "file")
@@ -35,11 +35,11 @@ class Kind:
     processes: int
     strategy: str
 
-    def start(self, run: Path, *more: str, launcher: tuple[str, ...] = (), cold: bool = False, **variables: str) -> launch.Running:
-        """The tiny run in a folder; variables are those of tests/child.py."""
+    def start(self, run: Path, *more: str, root: Path = launch.ROOT, **how: Any) -> launch.Running:
+        """The tiny run in a folder, by this repository or a copy. `how` as for launch.start, and the variables of tests/child.py."""
         words = [*launch.TINY, launch.halves(self.processes), f"strategy.name={self.strategy}", f"run.dir={run}", *more]
-        script, log = CHILD if variables else launch.TRAIN, launch.new_log(run)
-        return launch.start(*words, log=log, processes=self.processes, launcher=launcher, script=script, cold=cold, **variables)
+        script = root / ("tests/child.py" if any(key.isupper() for key in how) else "train.py")
+        return launch.start(*words, log=launch.new_log(run), processes=self.processes, script=script, **how)
 
     def points(self, random_numbers: random.Random) -> Iterator[str]:
         """KILL of tests/child.py, without end: every point, rank and victim in turn, in an order drawn anew each time."""

@@ -87,6 +87,8 @@ INFER = {
     "no output": ("run --input good.csv", "--output"),
     "an output of unknown kind": ("run --input good.csv --output out.xlsx", "out.xlsx", ".parquet"),
     "an output that cannot be written": ("run --input good.csv --output gone/out.csv", "gone/out.csv", "--output"),
+    "an output below a file": ("run --input good.csv --output good.csv/out.csv", "good.csv/out.csv", "--output"),
+    "an output that is a folder": ("run --input good.csv --output folder.csv", "folder.csv", "--output"),
     "a missing file to predict": ("run --input gone.csv --output out.csv", "gone.csv", "no such file"),
     "a header to predict": ("run --input header.csv --output out.csv", "header.csv", "no rows"),
     "a label unknown to the run": ("run --input other_label.csv --output out.csv", "other_label.csv", "'maybe'"),
@@ -123,12 +125,14 @@ def folder(tmp_path_factory) -> Path:
     (folder / "latin.csv").write_bytes((folder / "good.csv").read_text().replace("green", "grün").encode("latin-1"))
     (folder / "empty.csv").touch()
     (folder / "directory").mkdir()
+    (folder / "folder.csv").mkdir()
     good.to_parquet(folder / "cut.parquet")
     (folder / "cut.parquet").write_bytes((folder / "cut.parquet").read_bytes()[:-100])
     (folder / "good.toml").write_text(TABLE)
     (folder / "malformed.toml").write_text("[optim]\nlr = 1e-3 1\n")
     (folder / "latin.toml").write_bytes('[model]\nlabel = "grün"\n'.encode("latin-1"))
-    assert [end.status for end in commands.many([["train.py", "--config", "good.toml", "run.dir=run"]], folder)] == [0]
+    (end,) = commands.many([["train.py", "--config", "good.toml", "run.dir=run"]], folder)
+    assert end.status == 0, end.text
     shutil.copytree(folder / "run/best", folder / "torn")
     os.truncate(folder / "torn/model.safetensors", 100)
     return folder
@@ -151,7 +155,7 @@ def ended(folder) -> dict[str, commands.Ended]:
         found = dict(zip(lines, commands.many(list(lines.values()), folder), strict=True))
         after = fingerprint(folder)
     assert {path: after.get(path) for path in before} == before
-    assert not [path for path in after if "out." in path]
+    assert not [path for path in after if "out." in path or path.endswith(".tmp")]
     return found
 
 

@@ -173,7 +173,7 @@ def test_the_loops_train_test_and_compare(copy):
     assert len({run for _, run in ranking}) == 3
     assert [float(score) for score, _ in ranking] == sorted((float(score) for score, _ in ranking), reverse=True)
     assert all((copy / run / "result.json").exists() for _, run in ranking)
-    assert ended.stdout.count("test: ") == 6
+    assert ended.stdout.count("\ntest: loss ") == 6
 
 
 def test_a_toml_for_a_table_of_ones_own_is_valid(copy):

@@ -26,18 +26,22 @@ def config(dataset: str, **keys: object) -> bundled.Config:
 )
 def test_each_set(dataset: str, kind: str, rows: int, numeric: int) -> None:
     splits = bundled.load(config(dataset))
-    assert splits.info.kind == kind and splits.info.numeric == numeric
+    assert splits.info.kind == kind
+    assert splits.info.numeric == numeric
     assert len(splits.train) + len(splits.valid) + len(splits.test) == rows
     assert splits.train.__getitems__(torch.arange(5))["numeric"].shape == (5, numeric)
 
 
 def test_the_label_is_the_sets_name_unless_given() -> None:
-    assert config("digits").label == "digits" and config("digits", label="mine").label == "mine"
+    assert config("digits").label == "digits"
+    assert config("digits", label="mine").label == "mine"
 
 
 def test_an_unknown_set_is_refused_with_those_there_are() -> None:
     _, lines = validate("data", bundled.Config, {"name": "bundled", "dataset": "iris"})
-    assert len(lines) == 1 and "iris" in lines[0] and "digits" in lines[0]
+    assert len(lines) == 1
+    assert "iris" in lines[0]
+    assert "digits" in lines[0]
 
 
 def test_a_csv_of_scikit_learns_names_gives_the_same_tensors(tmp_path: Path) -> None:

@@ -56,8 +56,11 @@ def test_one_file_is_split_by_class_and_its_columns_are_told(tmp_path: Path) -> 
     write(tmp_path, rows(100))
     splits = load(tmp_path)
     assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [60, 20, 20]
-    assert splits.info.kind == "binary" and splits.info.labels == ["no", "yes"] and splits.info.outputs == 1
-    assert splits.info.numeric == 1 and splits.info.categories == [4]
+    assert splits.info.kind == "binary"
+    assert splits.info.labels == ["no", "yes"]
+    assert splits.info.outputs == 1
+    assert splits.info.numeric == 1
+    assert splits.info.categories == [4]
     batch = whole(splits.train)
     assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()} == {
         "numeric": (torch.float32, (60, 1)),
@@ -65,7 +68,8 @@ def test_one_file_is_split_by_class_and_its_columns_are_told(tmp_path: Path) -> 
         "target": (torch.float32, (60,)),
     }
     assert batch["target"].mean() == 0.5
-    assert batch["numeric"].mean().abs() < 1e-6 and abs(batch["numeric"].std(correction=0) - 1) < 1e-6
+    assert batch["numeric"].mean().abs() < 1e-6
+    assert abs(batch["numeric"].std(correction=0) - 1) < 1e-6
     assert json.loads(json.dumps(splits.preprocessing)) == splits.preprocessing
     assert "train: 60 rows (no 30, yes 30)" in splits.notes
 
@@ -82,8 +86,11 @@ def test_groups_stay_whole(tmp_path: Path) -> None:
     write(tmp_path, rows(200, "a,film,y", lambda i: f"{i},film{i * 7 % 23},{i % 2}"))
     found = table.read(config(tmp_path, group="film"))
     parts = [set(found.groups[positions]) for positions in found.rows.values()]
-    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
-    assert found.preprocessing["numeric"] == ["a"] and not found.preprocessing["categorical"]
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+    assert found.preprocessing["numeric"] == ["a"]
+    assert not found.preprocessing["categorical"]
 
 
 def test_parts_from_files_are_views_of_one_array(tmp_path: Path) -> None:
@@ -91,7 +98,8 @@ def test_parts_from_files_are_views_of_one_array(tmp_path: Path) -> None:
         write(tmp_path, rows(), f"{part}.csv")
     splits = load(tmp_path, valid="valid.csv", test="test.csv")
     pointers = {part.columns["numeric"].untyped_storage().data_ptr() for part in (splits.train, splits.valid, splits.test)}
-    assert len(pointers) == 1 and splits.train.index is None
+    assert len(pointers) == 1
+    assert splits.train.index is None
     by_fraction = load(tmp_path)
     assert by_fraction.train.columns["numeric"] is by_fraction.test.columns["numeric"]
 
@@ -99,6 +107,19 @@ def test_parts_from_files_are_views_of_one_array(tmp_path: Path) -> None:
 def test_test_fraction_of_zero_gives_no_test(tmp_path: Path) -> None:
     write(tmp_path, rows())
     assert load(tmp_path, test_fraction=0.0).test is None
+
+
+def test_a_test_part_is_split_off_unasked_only_of_a_single_file(tmp_path: Path) -> None:
+    write(tmp_path, rows())
+    write(tmp_path, rows(), "other.csv")
+    for keys, train, valid, test in [
+        ({"valid": "other.csv"}, 40, 40, None),
+        ({"valid": "other.csv", "test_fraction": 0.2}, 32, 40, 8),
+        ({"test": "other.csv"}, 32, 8, 40),
+        ({"valid": "other.csv", "test": "other.csv", "test_fraction": 0.2}, 40, 40, 40),
+    ]:
+        splits = load(tmp_path, **keys)
+        assert (len(splits.train), len(splits.valid), splits.test and len(splits.test)) == (train, valid, test)
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
@@ -111,7 +132,14 @@ def test_separator_and_encoding_are_found(tmp_path: Path, separator: str, encodi
         text = text.replace(plain.format(i).replace(";", separator), plain.format(i))
     write(tmp_path, text, encoding=encoding)
     found = load(tmp_path).preprocessing
-    assert found["separator"] == separator and found["vocabularies"] == {"größe": ["x;,|\tü0", "x;,|\tü1"]}
+    assert found["separator"] == separator
+    assert found["vocabularies"] == {"größe": ["x;,|\tü0", "x;,|\tü1"]}
+
+
+def test_a_tab_may_be_written_as_backslash_t(tmp_path: Path) -> None:
+    write(tmp_path, rows(40, "a,b\ty", lambda i: f"{i},5\t{i % 2}").replace("0,5\t", "0,25\t"))
+    for separator in ("\t", r"\t"):
+        assert load(tmp_path, separator=separator, categorical=["a,b"]).preprocessing["categorical"] == ["a,b"]
 
 
 def test_an_encoding_can_be_given(tmp_path: Path) -> None:
@@ -128,7 +156,8 @@ def test_line_ends_quoted_line_breaks_and_blank_lines(tmp_path: Path) -> None:
     text = "\r\n\r\n" + rows(40, " a , b,y", lambda i: f'{i},"two\nlines {i % 2}",{i % 2}').replace("\n", "\r\n") + "\r\n"
     write(tmp_path, text)
     found = load(tmp_path)
-    assert found.preprocessing["numeric"] == ["a"] and len(found.preprocessing["vocabularies"]["b"]) == 2
+    assert found.preprocessing["numeric"] == ["a"]
+    assert len(found.preprocessing["vocabularies"]["b"]) == 2
     assert sum(len(part) for part in (found.train, found.valid, found.test)) == 40
 
 
@@ -151,7 +180,9 @@ def test_parquet_reads_as_the_same_csv(tmp_path: Path) -> None:
     }
     parquet.write_table(pa.table(values), tmp_path / "train.parquet", row_group_size=7)
     expected, found = load(tmp_path), load(tmp_path, train="train.parquet")
-    assert expected.info == found.info and found.info.kind == "multiclass" and found.info.outputs == 3
+    assert expected.info == found.info
+    assert found.info.kind == "multiclass"
+    assert found.info.outputs == 3
     for name, value in whole(found.train).items():
         assert torch.equal(value, whole(expected.train)[name])
     # A CSV from Python says True where Arrow says true: it is the same category.
@@ -167,10 +198,13 @@ def test_missing_values_of_all_spellings(tmp_path: Path) -> None:
     )
     splits = load(tmp_path)
     batch = whole(splits.train)
-    assert splits.preprocessing["missing"] == ["a"] and splits.info.numeric == 2
+    assert splits.preprocessing["missing"] == ["a"]
+    assert splits.info.numeric == 2
     missing = batch["numeric"][:, 1] == 1
-    assert 0 < missing.sum() < len(missing) and (batch["numeric"][missing, 0] == 0).all()
-    assert splits.preprocessing["vocabularies"] == {"b": ["u"]} and set(batch["categorical"].flatten().tolist()) == {0, 1}
+    assert 0 < missing.sum() < len(missing)
+    assert (batch["numeric"][missing, 0] == 0).all()
+    assert splits.preprocessing["vocabularies"] == {"b": ["u"]}
+    assert set(batch["categorical"].flatten().tolist()) == {0, 1}
 
 
 def test_columns_given_as_categories_stay_text(tmp_path: Path) -> None:
@@ -180,13 +214,15 @@ def test_columns_given_as_categories_stay_text(tmp_path: Path) -> None:
     write(tmp_path, "zip,a\n007,1\n7.0,2\n8,3\n", "new.csv")
     new = next(table.read_rows(tmp_path / "new.csv", config(tmp_path), given.preprocessing, given.info))
     assert whole(new.dataset)["categorical"].flatten().tolist() == [1, 2, 0]
-    assert not new.labelled and new.ids == {"row": [0, 1, 2]}
+    assert not new.labelled
+    assert new.ids == {"row": [0, 1, 2]}
 
 
 def test_a_late_text_makes_the_whole_column_text(tmp_path: Path) -> None:
     write(tmp_path, rows(150_000, "a,b,long,y", lambda i: f"{i},{i % 50},{'x' * 30},{i % 2}") + "1,none,x,1\n" * 9)
     splits = load(tmp_path)
-    assert splits.preprocessing["numeric"] == ["a"] and len(splits.preprocessing["vocabularies"]["b"]) == 51
+    assert splits.preprocessing["numeric"] == ["a"]
+    assert len(splits.preprocessing["vocabularies"]["b"]) == 51
 
 
 def test_categories_of_validation_alone_are_unseen(tmp_path: Path) -> None:
@@ -199,8 +235,9 @@ def test_categories_of_validation_alone_are_unseen(tmp_path: Path) -> None:
 def test_constant_columns_and_row_numbers_are_dropped_with_a_note(tmp_path: Path) -> None:
     write(tmp_path, rows(40, ",a,five,same,y", lambda i: f"{i},{i},5,s,{i % 2}"))
     splits = load(tmp_path)
-    assert splits.preprocessing["numeric"] == ["a"] and splits.preprocessing["categorical"] == []
-    assert [note.split()[1] for note in splits.notes if note.startswith("dropped")] == ["Unnamed:", "same", "five"]
+    assert splits.preprocessing["numeric"] == ["a"]
+    assert splits.preprocessing["categorical"] == []
+    assert [note.split()[1] for note in splits.notes if note.startswith("dropped")] == ["Unnamed:", "five", "same"]
 
 
 def test_names_of_rows_are_remarked(tmp_path: Path) -> None:
@@ -228,7 +265,8 @@ def test_the_task_can_be_given(tmp_path: Path) -> None:
     write(tmp_path, rows(90, "a,y", lambda i: f"{i % 8},{i % 2}"))
     assert table.load(config(tmp_path), "regression").info.kind == "regression"
     two = table.load(config(tmp_path), "multiclass")
-    assert two.info.outputs == 2 and whole(two.train)["target"].dtype == torch.int64
+    assert two.info.outputs == 2
+    assert whole(two.train)["target"].dtype == torch.int64
 
 
 def test_regression_targets_are_standardised_by_training_rows(tmp_path: Path) -> None:
@@ -236,7 +274,8 @@ def test_regression_targets_are_standardised_by_training_rows(tmp_path: Path) ->
     splits = load(tmp_path)
     raw = table.read(config(tmp_path))
     target = whole(splits.train)["target"]
-    assert target.mean().abs() < 1e-6 and abs(target.std(correction=0) - 1) < 1e-6
+    assert target.mean().abs() < 1e-6
+    assert abs(target.std(correction=0) - 1) < 1e-6
     in_units = target * splits.info.target_std + splits.info.target_mean
     assert np.allclose(in_units, raw.target[raw.rows["train"]], atol=1e-3)
 
@@ -244,8 +283,12 @@ def test_regression_targets_are_standardised_by_training_rows(tmp_path: Path) ->
 def test_the_first_layer_is_raw(tmp_path: Path) -> None:
     write(tmp_path, rows(40, "id,a,b,y", lambda i: f"n{i},{i if i % 5 else ''},{'uvw'[i % 3]},{i % 2}"))
     raw = table.read(config(tmp_path, id="id"))
-    assert raw.numeric.dtype == np.float32 and raw.categorical.dtype == np.int32 and raw.target.dtype == np.int64
-    assert np.isnan(raw.numeric[::5]).all() and raw.numeric[7, 0] == 7 and raw.ids[7] == "n7"
+    assert raw.numeric.dtype == np.float32
+    assert raw.categorical.dtype == np.int32
+    assert raw.target.dtype == np.int64
+    assert np.isnan(raw.numeric[::5]).all()
+    assert raw.numeric[7, 0] == 7
+    assert raw.ids[7].as_py() == "n7"
     new = next(table.read_rows(tmp_path / "train.csv", config(tmp_path), raw.preprocessing, raw.info))
     assert np.array_equal(new.dataset.columns["numeric"].numpy(), raw.numeric, equal_nan=True)
 
@@ -259,14 +302,17 @@ def test_class_weights_make_classes_equal_in_training_alone(tmp_path: Path) -> N
     weights, target = splits.train.weights(torch.arange(60)), whole(splits.train)["target"]
     assert torch.allclose(weights.unique(), torch.tensor([60 / (2 * 48), 60 / (2 * 12)]))
     assert torch.isclose(weights[target == 1].sum(), weights[target == 0].sum())
-    assert not hasattr(splits.valid, "weights") and not hasattr(load(tmp_path).train, "weights")
+    assert not hasattr(splits.valid, "weights")
+    assert not hasattr(load(tmp_path).train, "weights")
 
 
 def test_undersampling_drops_training_rows_alone(tmp_path: Path) -> None:
     write(tmp_path, rows(100, "a,y", lambda i: f"{i},{int(i % 5 == 0)}"))
     splits = load(tmp_path, balance="undersample")
-    assert len(splits.train) == 24 and whole(splits.train)["target"].mean() == 0.5
-    assert len(splits.valid) == 20 and "train: 24 rows (0 12, 1 12)" in splits.notes
+    assert len(splits.train) == 24
+    assert whole(splits.train)["target"].mean() == 0.5
+    assert len(splits.valid) == 20
+    assert "train: 24 rows (0 12, 1 12)" in splits.notes
 
 
 def test_a_column_of_weights_goes_with_its_rows(tmp_path: Path) -> None:
@@ -298,8 +344,10 @@ def test_quantiles_of_training_columns_are_kept_for_bins(tmp_path: Path) -> None
     write(tmp_path, rows(300, "a,b,y", lambda i: f"{i**3},{i if i % 4 else ''},{i % 2}"))
     splits = load(tmp_path, numeric_transform="quantile")
     edges = splits.info.more["quantiles"]
-    assert len(edges) == splits.info.numeric == 3 and all(len(column) == 257 for column in edges)
-    assert edges[0] == sorted(edges[0]) and abs(edges[0][128]) < 0.02
+    assert len(edges) == splits.info.numeric == 3
+    assert all(len(column) == 257 for column in edges)
+    assert edges[0] == sorted(edges[0])
+    assert abs(edges[0][128]) < 0.02
     assert load(tmp_path).info.more == {}
 
 
@@ -332,7 +380,7 @@ def test_a_new_file_gives_the_training_tensors(tmp_path: Path, transform: str, c
     assert max(len(chunk.dataset) for chunk in chunks) <= chunk_rows
     for name, column in splits.train.columns.items():
         assert torch.equal(torch.cat([chunk.dataset.columns[name] for chunk in chunks]), column)
-    assert sum((chunk.ids["id"] for chunk in chunks), []) == [f"n{i}" for i in range(100)]
+    assert [value for chunk in chunks for value in chunk.ids["id"]] == [f"n{i}" for i in range(100)]
     assert all(chunk.labelled for chunk in chunks)
 
 
@@ -354,7 +402,8 @@ def test_mistakes_in_a_new_file(tmp_path: Path, text: str, word: str) -> None:
     path = write(tmp_path, text, "new.csv")
     with pytest.raises(UserError, match=word) as caught:
         list(table.read_rows(path, config(tmp_path), splits.preprocessing, splits.info))
-    assert len(caught.value.lines) == 1 and "new.csv" in str(caught.value)
+    assert len(caught.value.lines) == 1
+    assert "new.csv" in str(caught.value)
 
 
 # Mistakes
@@ -415,7 +464,9 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, keys: dict[str, Any], wor
     write(tmp_path, text)
     with pytest.raises(UserError) as caught:
         load(tmp_path, **keys)
-    assert word in str(caught.value) and len(caught.value.lines) == 1 and "\n" not in str(caught.value)
+    assert word in str(caught.value)
+    assert len(caught.value.lines) == 1
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -432,7 +483,8 @@ def test_mistakes_in_a_second_file(tmp_path: Path, text: str, word: str) -> None
     write(tmp_path, text, "test.csv")
     with pytest.raises(UserError) as caught:
         load(tmp_path, test="test.csv")
-    assert word in str(caught.value) and "test" in str(caught.value)
+    assert word in str(caught.value)
+    assert "test" in str(caught.value)
 
 
 @pytest.mark.parametrize(("kind", "target", "word"), [("regression", "b", "'u'"), ("binary", "b", "multiclass")])
@@ -449,7 +501,9 @@ def test_a_wrong_encoding_is_found_with_its_place(tmp_path: Path) -> None:
         (tmp_path / "train.csv").write_bytes(content)
         with pytest.raises(UserError) as caught:
             load(tmp_path)
-        assert "byte 5 (0xf6)" in str(caught.value) and "data.encoding" in str(caught.value) and "in line" in str(caught.value)
+        assert "byte 5 (0xf6)" in str(caught.value)
+        assert "data.encoding" in str(caught.value)
+        assert "in line" in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.999])
@@ -498,7 +552,9 @@ def test_adult() -> None:
     settings = config(REAL, **files, target="income")
     splits = table.load(settings)
     assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [26048, 6513, 16281]
-    assert splits.info.labels == ["<=50K", ">50K"] and splits.info.numeric == 6 and len(splits.info.categories) == 8
+    assert splits.info.labels == ["<=50K", ">50K"]
+    assert splits.info.numeric == 6
+    assert len(splits.info.categories) == 8
     assert "?" not in splits.preprocessing["vocabularies"]["workclass"]
     new = table.read_rows(Path(REAL, "adult/test.csv"), settings, splits.preprocessing, splits.info)
     assert torch.equal(torch.cat([whole(chunk.dataset)["numeric"] for chunk in new]), whole(splits.test)["numeric"])
@@ -507,10 +563,13 @@ def test_adult() -> None:
 @needs_data
 def test_bank_and_telco() -> None:
     bank = table.load(config(REAL, train="bank/bank-additional-full.csv", target="y", drop=["duration"]))
-    assert bank.preprocessing["separator"] == ";" and "duration" not in bank.preprocessing["numeric"]
-    assert "unknown" in bank.preprocessing["vocabularies"]["job"] and bank.info.labels == ["no", "yes"]
+    assert bank.preprocessing["separator"] == ";"
+    assert "duration" not in bank.preprocessing["numeric"]
+    assert "unknown" in bank.preprocessing["vocabularies"]["job"]
+    assert bank.info.labels == ["no", "yes"]
     telco = table.load(config(REAL, train="telco/Telco-Customer-Churn.csv", target="Churn", id="customerID"))
-    assert "TotalCharges" in telco.preprocessing["numeric"] and "customerID" not in telco.preprocessing["categorical"]
+    assert "TotalCharges" in telco.preprocessing["numeric"]
+    assert "customerID" not in telco.preprocessing["categorical"]
     assert telco.preprocessing["missing"] == ["TotalCharges"]
 
 
@@ -518,7 +577,9 @@ def test_bank_and_telco() -> None:
 def test_california() -> None:
     files = {part: f"california/{part}.csv" for part in ("train", "valid", "test")}
     splits = table.load(config(REAL, **files, target="MedHouseVal", numeric_transform="quantile"))
-    assert splits.info.kind == "regression" and splits.info.numeric == 8 and abs(splits.info.target_mean - 2.07) < 0.01
+    assert splits.info.kind == "regression"
+    assert splits.info.numeric == 8
+    assert abs(splits.info.target_mean - 2.07) < 0.01
     assert whole(splits.train)["numeric"].std(0).sub(1).abs().max() < 0.1
 
 
@@ -567,4 +628,5 @@ print(len(splits.train), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     count, kibibytes = map(int, done.stdout.split())
-    assert count == 6_000_000 and kibibytes * 1024 < 4e9
+    assert count == 6_000_000
+    assert kibibytes * 1024 < 4e9

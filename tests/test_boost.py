@@ -1,0 +1,343 @@
+"""Boosting: the libraries' own numbers, folds, runs that were killed, new files, wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightgbm
+import numpy as np
+import pandas as pd
+import pytest
+import xgboost
+
+import boost as script
+import commands
+import infer
+from boost import boost
+from engine import boosting, screen
+from engine.boosting import BoostPredictor
+from engine.config import UserError
+from engine.settings import parse
+
+LIBRARIES = ["lightgbm", "xgboost"]
+TOML = """
+[data]
+name = "table"
+train = "train.csv"
+test = "test.csv"
+target = "yes"
+drop = ["three", "amount", "weight", "group"]
+[model]
+name = "mlp"
+[boost]
+rounds = 40
+patience = 10
+"""
+TARGETS = {
+    "binary": [],
+    "multiclass": ["data.target=three", 'data.drop=["yes", "amount", "weight", "group"]'],
+    "regression": ["data.target=amount", 'data.drop=["yes", "three", "weight", "group"]'],
+}
+
+
+def rows(count, seed):
+    """Numbers and categories with gaps, and three targets that depend on them."""
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(count, 3)).astype(np.float32)
+    town = generator.choice(["Rome", "Oslo", "Bonn", "Kiel"], count)
+    signal_ = x[:, 0] - x[:, 1] ** 2 + np.where(town == "Oslo", 1.5, 0) + generator.normal(0, 0.4, count)
+    table = pd.DataFrame({"a": x[:, 0], "b b": x[:, 1], "noise": x[:, 2], "age": generator.integers(18, 80, count), "town": town})
+    table.loc[generator.random(count) < 0.1, ["b b"]] = np.nan
+    table.loc[generator.random(count) < 0.1, ["town"]] = None
+    table["yes"] = np.where(signal_ > 0, "yes", "no")
+    table["three"] = pd.cut(signal_, [-99, -1, 0.5, 99], labels=["low", "mid", "high"]).astype(str)
+    table["amount"] = (10 + 3 * signal_).round(3)
+    table["weight"] = generator.uniform(0.5, 2, count).round(2)
+    table["group"] = generator.integers(0, 12, count)
+    return table
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("boost")
+    rows(600, 0).to_csv(folder / "train.csv", index=False)
+    rows(200, 1).to_csv(folder / "test.csv", index=False)
+    (folder / "boost.toml").write_text(TOML)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PLAINLOOP_RUNS", str(tmp_path / "runs"))
+
+
+def settings_of(folder, *overrides):
+    return parse([folder / "boost.toml"], [f"data.root={folder}", *overrides])
+
+
+def matrix_of(folder, settings, name="test.csv"):
+    """A file as it is read for prediction."""
+    predictor = BoostPredictor(Path(settings.run.dir))
+    return next(predictor.read(folder / name, 10_000)).dataset, predictor
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_predictions_from_the_files_are_those_in_memory(folder, tmp_path, monkeypatch, library, kind):
+    in_memory = []
+    fit = script.fit
+    monkeypatch.setattr(script, "fit", lambda *arguments: in_memory.append(fit(*arguments)) or in_memory[-1])
+    settings = settings_of(folder, f"boost.library={library}", *TARGETS[kind], f"run.dir={tmp_path / 'run'}", "boost.folds=2")
+    result = boost(settings)
+    data = boosting.prepare(settings)
+    predictor = BoostPredictor(tmp_path / "run")
+    for (booster, best), loaded in zip(in_memory, predictor.boosters, strict=True):
+        for margin in (False, True):
+            mine = predictor.library.predict(booster, data.matrix, margin)
+            np.testing.assert_array_equal(mine, predictor.library.predict(loaded, data.matrix, margin))
+        trees = loaded.num_trees() / loaded.num_model_per_iteration() if library == "lightgbm" else loaded.num_boosted_rounds()
+        assert trees == best
+    scores, predictions, _ = predictor.score(boosting.Part(data, data.table.rows["test"]))
+    assert scores == result["test"]
+    # A file read anew gives the same, and so does what infer.py writes of it.
+    dataset, _ = matrix_of(folder, settings)
+    np.testing.assert_array_equal(predictor.predict(dataset, False, None), predictions)
+    infer.predict_file(predictor, folder / "test.csv", tmp_path / "out.parquet", False)
+    written = pd.read_parquet(tmp_path / "out.parquet")
+    name = {"binary": "probability_yes", "multiclass": "probability_high", "regression": "prediction"}[kind]
+    np.testing.assert_array_equal(written[name], predictions if predictions.ndim == 1 else predictions[:, predictor.info.labels.index("high")])
+    assert [fold["best_round"] for fold in result["folds"]] == [best for _, best in in_memory]
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"oof.parquet", "importance.csv", "importance.png", "curves.png", "info.json"}
+
+
+def test_the_best_round_and_weights_are_those_of_the_native_call(folder, tmp_path):
+    extra = ["data.weight=weight", "data.balance=class_weights", 'data.drop=["three", "amount", "group"]']
+    settings = settings_of(folder, *extra, f"run.dir={tmp_path / 'lightgbm'}")
+    result = boost(settings)
+    data = boosting.prepare(settings)
+    table = data.table
+    train, valid = table.rows["train"], table.rows["valid"]
+    counts = np.bincount(table.target[train])
+    weights = (table.weights * (len(train) / (2 * counts)).astype(np.float32)[table.target])[train]
+    whole = lightgbm.Dataset(data.matrix[train], table.target[train], weight=weights, categorical_feature=[4])
+    held = whole.create_valid(data.matrix[valid], table.target[valid], table.weights[valid])
+    stop = lightgbm.early_stopping(10, verbose=False)
+    booster = lightgbm.train({"objective": "binary", "verbosity": -1, "seed": 0}, whole, 40, valid_sets=[held], callbacks=[stop])
+    assert result["folds"][0]["best_round"] == booster.best_iteration
+    np.testing.assert_array_equal(pd.read_parquet(tmp_path / "lightgbm" / "oof.parquet")["probability_yes"], booster.predict(data.matrix[valid]))
+
+    settings = settings_of(folder, *extra, "boost.library=xgboost", f"run.dir={tmp_path / 'xgboost'}")
+    result = boost(settings)
+    types = {"feature_types": ["q"] * 4 + ["c"], "enable_categorical": True}
+    fit = xgboost.QuantileDMatrix(data.matrix[train], table.target[train], weight=weights, **types)
+    held = xgboost.QuantileDMatrix(data.matrix[valid], table.target[valid], weight=table.weights[valid], ref=fit, **types)
+    options = {"early_stopping_rounds": 10, "verbose_eval": False, "evals": [(held, "valid")]}
+    booster = xgboost.train({"objective": "binary:logistic", "seed": 0}, fit, 40, **options)
+    assert result["folds"][0]["best_round"] == booster.best_iteration + 1
+    mine = booster.predict(xgboost.DMatrix(data.matrix[valid], **types), iteration_range=(0, booster.best_iteration + 1))
+    np.testing.assert_array_equal(pd.read_parquet(tmp_path / "xgboost" / "oof.parquet")["probability_yes"], mine)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_run_killed_in_its_third_fold_ends_with_the_same_file(folder, tmp_path, library):
+    words = [f"data.root={folder}", f"boost.library={library}", "boost.folds=5", "boost.rounds=1000", "boost.patience=0"]
+    command = [sys.executable, str(commands.ROOT / "boost.py"), "--config", str(folder / "boost.toml"), *words, f"run.dir={tmp_path / 'killed'}"]
+    running = subprocess.Popen(command, env=commands.environment(), stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed/folds/fold1.json").exists():
+        assert running.poll() is None
+        time.sleep(0.005)
+    time.sleep(0.1)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    there = {path.stem for path in (tmp_path / "killed/folds").glob("*.json")}
+    assert there == {"fold0", "fold1"}
+    with pytest.raises(UserError, match="has not ended"):
+        BoostPredictor(tmp_path / "killed")
+    settings = settings_of(folder, *words[1:], f"run.dir={tmp_path / 'killed'}")
+    kept = (tmp_path / "killed/folds/fold0.json").stat().st_mtime_ns
+    resumed = boost(settings)
+    assert (tmp_path / "killed/folds/fold0.json").stat().st_mtime_ns == kept
+    straight = boost(settings_of(folder, *words[1:], f"run.dir={tmp_path / 'straight'}"))
+    suffix = boosting.LIBRARIES[library].suffix
+    for name in ["oof.parquet", "importance.csv", "steps.jsonl", *(f"folds/fold{number}{suffix}" for number in range(5))]:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert {**resumed, "clock": None} == {**straight, "clock": None}
+
+
+def test_sigterm_ends_with_143_and_the_folds_done_are_kept(folder, tmp_path):
+    words = [f"data.root={folder}", "boost.folds=2", "boost.rounds=100000", "boost.patience=0", f"run.dir={tmp_path / 'run'}"]
+    command = [sys.executable, str(commands.ROOT / "boost.py"), "--config", str(folder / "boost.toml"), *words]
+    running = subprocess.Popen(command, env=commands.environment(), stdout=subprocess.PIPE, text=True)
+    for line in running.stdout:
+        if "round 500" in line:
+            running.terminate()
+            break
+    assert "the same command goes on" in running.stdout.read()
+    assert running.wait() == 143
+
+
+def test_a_finished_run_is_left_and_another_config_refused(folder, tmp_path, capsys):
+    settings = settings_of(folder, f"run.dir={tmp_path / 'run'}")
+    first = boost(settings)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.*") if path.name not in (".lock", "config.toml")}
+    assert boost(settings) == first
+    assert "finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    with pytest.raises(UserError, match=r"boost\.rounds = 40 there, 41 here"):
+        boost(settings_of(folder, "boost.rounds=41", f"run.dir={tmp_path / 'run'}"))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_new_files_are_read_as_the_training_file_was(folder, tmp_path, library):
+    settings = settings_of(folder, f"boost.library={library}", f"run.dir={tmp_path / 'run'}")
+    boost(settings)
+    dataset, predictor = matrix_of(folder, settings)
+    expected = predictor.predict(dataset, False, None)
+    table = pd.read_csv(folder / "test.csv")
+
+    def predictions(changed, name):
+        changed.to_parquet(tmp_path / name) if name.endswith("parquet") else changed.to_csv(tmp_path / name, index=False)
+        return predictor.predict(next(predictor.read(tmp_path / name, 10_000)).dataset, False, None)
+
+    np.testing.assert_array_equal(predictions(table[table.columns[::-1]], "order.csv"), expected)
+    np.testing.assert_array_equal(predictions(table.drop(columns=["yes", "weight"]).assign(more=1), "columns.csv"), expected)
+    np.testing.assert_array_equal(predictions(table.astype({"age": np.float32, "town": "category"}), "types.parquet"), expected)
+    np.testing.assert_array_equal(predictions(table.assign(age=table["age"].map("{}.0".format)), "text.csv"), expected)
+    # A category that training never saw counts as missing.
+    np.testing.assert_array_equal(predictions(table.assign(town="Atlantis"), "unseen.csv"), predictions(table.assign(town=None), "gone.csv"))
+    with pytest.raises(UserError, match="no column 'age'"):
+        predictions(table.drop(columns="age"), "missing.csv")
+    with pytest.raises(UserError, match=r"column 'age': 'old' is not a number"):
+        predictions(table.assign(age="old"), "words.csv")
+
+
+def test_chosen_features_are_all_that_a_run_needs(folder, tmp_path):
+    settings = settings_of(folder, 'boost.features=["town", "a"]', f"run.dir={tmp_path / 'run'}")
+    boost(settings)
+    assert set(pd.read_csv(tmp_path / "run/importance.csv")["feature"]) == {"a", "town"}
+    rows(20, 3)[["town", "a"]].to_csv(tmp_path / "two.csv", index=False)
+    assert len(BoostPredictor(tmp_path / "run").read(tmp_path / "two.csv", 100).__next__().dataset) == 20
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_trial_writes_nothing_prepares_once_and_can_be_pruned(folder, tmp_path, library):
+    settings = settings_of(folder, f"boost.library={library}", "boost.folds=0")
+    table = script.boosting.config.module("data", "table").read(settings.data)
+    told = []
+    result = boost(settings, table, lambda round_, score: told.append((round_, score)), trial=True)
+    binned = next(iter(boosting.prepare(settings, table).binned.values()))
+    again = boost(settings_of(folder, f"boost.library={library}", "boost.params.max_depth=2"), table, None, trial=True)
+    assert next(iter(boosting.prepare(settings, table).binned.values())) is binned
+    assert set(result) == {"best", "step"}
+    assert result["best"] != again["best"]
+    assert told
+    assert all(round_ % script.EVERY == 0 and 0.5 < score < 1 for round_, score in told)
+    assert not (tmp_path / "runs").exists()
+
+    class Pruned(Exception):
+        pass
+
+    def prune(*_):
+        raise Pruned
+
+    with pytest.raises(Pruned):
+        boost(settings, table, prune, trial=True)
+
+
+def test_folds_keep_classes_groups_and_time(folder):
+    def folds(*overrides):
+        settings = settings_of(folder, "boost.folds=4", *overrides)
+        data = boosting.prepare(settings)
+        return data.table, boosting.cut(settings, data)
+
+    table, cut = folds()
+    held = np.concatenate([rows_ for _, rows_ in cut])
+    assert sorted(held) == sorted([*table.rows["train"], *table.rows["valid"]])
+    assert not set(held) & set(table.rows["test"])
+    assert np.ptp([table.target[rows_].mean() for _, rows_ in cut]) < 0.02
+    table, cut = folds(*TARGETS["regression"])
+    assert np.ptp([table.target[rows_].mean() for _, rows_ in cut]) < 1
+    table, cut = folds("data.group=group", 'data.drop=["three", "amount", "weight"]')
+    assert all(not set(table.groups[fit]) & set(table.groups[held]) for fit, held in cut)
+    _, cut = folds("boost.split=time")
+    assert all(fit.max() < held.min() for fit, held in cut)
+
+
+def test_folds_by_time_predict_what_can_be_predicted(folder, tmp_path):
+    settings = settings_of(folder, "boost.folds=3", "boost.split=time", f"run.dir={tmp_path / 'run'}")
+    boost(settings)
+    out_of_fold = pd.read_parquet(tmp_path / "run/oof.parquet")
+    assert 0 < len(out_of_fold) < 600
+    assert (out_of_fold.groupby("fold")["row"].min().diff().dropna() > 0).all()
+    with pytest.raises(UserError, match="no out-of-fold prediction"):
+        BoostPredictor(tmp_path / "run").held_out()
+
+
+@pytest.mark.parametrize("by", ["rank", "mean"])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_screen_keeps_what_tells_and_writes_a_config(folder, tmp_path, kind, by):
+    words = [*TARGETS[kind], f"run.dir={tmp_path / 'run'}", f"boost.screen={by}"]
+    passed = screen.screen(settings_of(folder, *words))
+    assert {"a", "town"} <= set(passed) <= {"a", "town", "b b"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"screen.csv", "screen.png", "screen.toml"}
+    settings = parse([folder / "boost.toml", tmp_path / "run/screen.toml"], [f"data.root={folder}", *TARGETS[kind]])
+    assert boosting.prepare(settings).names == passed
+
+
+MISTAKES = {
+    'boost.features=["agee"]': ("'agee'", "did you mean age?"),
+    "boost.folds=1": ("boost.folds = 1", "2 or more"),
+    "boost.folds=500": ("boost.folds = 500", "smallest class"),
+    "boost.folds=3 boost.split=group": ("boost.split", "data.group"),
+    "boost.folds=20 data.group=group": ("boost.folds = 20", "12 groups"),
+    "boost.params.num_leafs=7": ("boost.params.num_leafs", "no such parameter"),
+    "boost.params.num_leaves=1": ("lightgbm refuses", "num_leaves"),
+    "boost.params.metric=foo": ("boost.params.metric", "'foo'"),
+    "boost.params.n_estimators=7": ("n_estimators", "boost.rounds"),
+    "boost.library=xgboost boost.params.max_depht=7": ("boost.params.max_depht", "no such parameter"),
+    "boost.library=xgboost boost.params.max_depth=-1": ("xgboost refuses", "max_depth"),
+    "boost.library=catboost": ("boost.library", "'catboost'"),
+    "boost.device=gpu": ("boost.device", "no GPU"),
+    'task.metrics=["acuracy"]': ("task.metrics", "did you mean accuracy?"),
+    "data.train=gone.csv": ("data.train", "no such file"),
+    "data.target=nothing": ("data.target", "no such column"),
+}
+
+
+def test_each_mistake_is_one_line_and_status_2(folder):
+    common = ["boost.py", "--config", folder / "boost.toml", f"data.root={folder}"]
+    drop = 'data.drop=["three", "amount", "weight"]'
+    lines = [[*common, *mistake.split(" "), *([drop] if "data.group" in mistake else [])] for mistake in MISTAKES]
+    for (mistake, words), ended in zip(MISTAKES.items(), commands.many(lines, folder), strict=True):
+        assert ended.status == 2, (mistake, ended.text)
+        said = [line for line in ended.errors.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1, (mistake, ended.errors)
+        assert all(word in said[0] for word in words), (mistake, said)
+        assert "Traceback" not in ended.text
+
+
+def test_a_library_that_is_not_there_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xgboost", None)
+    with pytest.raises(UserError, match="pip install xgboost"):
+        boost(settings_of(folder, "boost.library=xgboost"), trial=True)
+
+
+def test_a_bundled_set_can_be_boosted(tmp_path):
+    (tmp_path / "wine.toml").write_text('[data]\nname = "bundled"\ndataset = "wine"\n[model]\nname = "mlp"\n[boost]\nrounds = 30\nfolds = 3\n')
+    result = boost(parse([tmp_path / "wine.toml"], [f"run.dir={tmp_path / 'run'}"]))
+    assert result["test"]["accuracy"] > 0.9
+    assert result["spread"]["accuracy"] >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PLAINLOOP_DATA" not in os.environ, reason="PLAINLOOP_DATA is not set: it names the folder of the public data sets")
+def test_california_at_lightgbm_defaults_is_the_published_number(tmp_path):
+    result = boost(parse([commands.ROOT / "conf/california_lightgbm_default.toml"], [f"run.dir={tmp_path / 'run'}"]))
+    assert result["folds"][0]["best_round"] == 970
+    assert result["test"]["rmse"] == pytest.approx(0.44945659, abs=1e-8)
+    assert json.loads((tmp_path / "run/result.json").read_text())["test"] == result["test"]
