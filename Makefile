@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: setup train test test-all lint soak bench-overhead bench-startup bench-checkpoint bench-tracking
+.PHONY: setup train test test-all lint soak bench-overhead bench-startup bench-checkpoint bench-tracking bench-tune
 
 train: $(VENV)/.base            ## train the default: handwritten digits, a minute on two cores
 	$(RUN) train.py --config conf/digits.toml
@@ -33,6 +33,9 @@ bench-checkpoint: $(VENV)/.extra
 
 bench-tracking: $(VENV)/.bench
 	$(RUN) benchmarks/tracking.py
+
+bench-tune: $(VENV)/.extra
+	$(RUN) benchmarks/tune.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'

@@ -122,8 +122,11 @@ def fit(e: Experiment, tracker: tracking.Tracker, on_eval: OnEval | None) -> Non
     batches = iter(order.loader(e.order, rank, progress.step, e.total_steps, train.workers))
     saver = checkpoint.Saver(e.run, (accelerator, e.wrapped, e.model, e.optimizer), train.keep_last, e.order.steps_per_epoch, progress.step)
     agreement, clock = process.Agreement(), report.Clock(progress.step, train.batch_size)
-    journals = report.Journals(e.run, progress.step, e.total_steps, tracker)
-    with process.StopRequest() as request, journals, report.profiler(e.run, train.profile) as profiler:
+    with (
+        process.StopRequest() as request,
+        report.Journals(e.run, progress.step, e.total_steps, tracker) as journals,
+        report.profiler(e.run, train.profile) as profiler,
+    ):
         try:
             while not e.finished:
                 step = progress.step

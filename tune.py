@@ -244,18 +244,18 @@ def keep_working(found: Search, workers: dict[int, subprocess.Popen]) -> None:
         found.top_up()
         if (now_done := len(found.in_state("COMPLETE", "PRUNED"))) > done:
             deaths, done = 0, now_done
-        more = not found.over() and found.waiting()
-        if not workers and not more and not found.unsigned():
-            break
-        for number in range(found.settings.tune.workers if more else 0):
-            if number not in workers:
-                workers[number] = start_worker(found, number)
         line = found.line()
         if sys.stdout.isatty():
             print(f"\r{line:<110}", end="", flush=True)
         elif (counts := line.partition("  left")[0]) != shown:
             print(line, flush=True)
             shown = counts
+        more = not found.over() and found.waiting()
+        if not workers and not more and not found.unsigned():
+            break
+        for number in range(found.settings.tune.workers if more else 0):
+            if number not in workers:
+                workers[number] = start_worker(found, number)
         time.sleep(0.1)
     print(flush=True, end="\n" if sys.stdout.isatty() else "")
 

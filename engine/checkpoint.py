@@ -198,7 +198,7 @@ class Saver:
             if step_of(path) not in keep:
                 aside = path.with_name(f".old-{path.name}")  # renamed first: a kill must not leave half a checkpoint
                 os.rename(path, aside)
-                shutil.rmtree(aside)
+                threading.Thread(target=shutil.rmtree, args=(aside, True)).start()  # 0.2 s a GB
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

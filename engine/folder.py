@@ -33,7 +33,9 @@ def claim(run: Path, settings: Settings, script: str = "train") -> IO[str]:
 
 
 def refuse_others(run: Path, settings: Settings, script: str) -> None:
-    if not (run / "config.toml").exists():
+    # A mistake found after the settings were written leaves nothing to protect.
+    begun = checkpoint.folders(run) or (run / "result.json").exists() or any((run / "folds").glob("*"))
+    if not begun or not (run / "config.toml").exists():
         return
     if settings.run.resume == "never":
         raise UserError(f'{run}: it holds a run already; run.resume = "never" refuses it: set run.dir to another folder')

@@ -2,6 +2,7 @@
 
 import datetime
 import fcntl
+import inspect
 import json
 import math
 import os
@@ -182,7 +183,7 @@ def open_study(settings: Settings, folder: Path, seed: int) -> Any:
     tune = settings.tune
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options = dict(tune.sampler_options)
-    if "seed" in getattr(optuna.samplers, tune.sampler, object).__init__.__code__.co_varnames:
+    if "seed" in inspect.signature(getattr(optuna.samplers, tune.sampler, dict).__init__).parameters:
         options.setdefault("seed", seed % 2**32)
     study = optuna.create_study(
         study_name=folder.name,

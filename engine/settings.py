@@ -105,7 +105,8 @@ class Train(Config):
 
 class Optim(Config):
     name: str = "auto"
-    """"auto" (AdamW, the fastest build of it for the strategy and device), a class of torch.optim, "fused_adam", "cpu_adam", or a function of the model's file"""
+    """"auto" (AdamW, the fastest build of it for the strategy and device), a class of torch.optim, "fused_adam", "cpu_adam",
+    or a function of the model's file"""
     options: dict[str, Any] = {}
     """further arguments of the optimizer, such as { betas = [0.9, 0.95] }"""
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -170,6 +171,14 @@ class Tune(Config):
     """Optuna storage URL; empty: a journal in the study's folder"""
     space: Space = {}
     """what is searched: "optim.lr" = { low = 1e-5, high = 1e-2, log = true }, "model.depth" = [2, 3, 4]"""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def has_ranges_or_lists(cls, value: Any) -> Any:
+        for key, wanted in value.items() if isinstance(value, dict) else ():
+            if not isinstance(wanted, dict | list):
+                raise ValueError(f"{key} must be a range, such as {{ low = 1, high = 3 }}, or a list of choices")
+        return value
 
 
 class Boost(Config):

@@ -124,11 +124,11 @@ def stepwise(settings: Settings, place: Path) -> None:
     data = boosting.prepare(settings)
     folds = boosting.cut(settings, data)
     learned = np.unique(np.concatenate([part for fold in folds for part in fold]))
-    library = boosting.library(settings, data.table.info, data.names)
+    library = boosting.LIBRARIES["lightgbm"](data.table.info, data.names)
     kind, score = data.table.info.kind, search.rule(settings)[1]
     usual = {"binary": "binary_logloss", "multiclass": "multi_logloss", "regression": "rmse"}[kind]
     known = {"auroc": "auc" if kind == "binary" else "auc_mu", "mae": "l1", "accuracy": "binary_error" if kind == "binary" else "multi_error"}
-    params = {"metric": known.get(score, usual), **library.params(settings), "verbosity": -1, "feature_pre_filter": False}
+    params = {"metric": known.get(score, usual), **library.params(settings, verbosity=-1, deterministic=True, feature_pre_filter=False)}
     direction = "max" if params["metric"] in ("auc", "auc_mu", "average_precision", "map", "ndcg") else "min"
     settings = replaced(settings, {"task.best": f"{direction} {score}"})
     study = search.open_study(settings, place, settings.run.seed)

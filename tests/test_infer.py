@@ -1,6 +1,5 @@
 """Predictions from a run folder: the right rows in the right order, in both formats, in bounded memory, without a launcher or with one."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -170,7 +169,7 @@ def test_several_chunks_are_one_file(folder, large):
     assert list(found.key) == list(large.key)
     assert (found.prediction == large.y).mean() > 0.7
     large[infer.CHUNK - 3 : infer.CHUNK + 3].to_csv(folder / "few.csv", index=False)
-    (end,) = commands.many([["infer.py", "binary", "--input", "few.csv", "--output", "few_out.csv"]], folder)
+    commands.many([["infer.py", "binary", "--input", "few.csv", "--output", "few_out.csv"]], folder)
     few, same = pd.read_csv(folder / "few_out.csv"), found[infer.CHUNK - 3 : infer.CHUNK + 3].reset_index(drop=True)
     pd.testing.assert_frame_equal(few, same, atol=1e-6)
 

@@ -115,7 +115,7 @@ def trials_of(place):
 
 def study_of(place):
     backend = optuna.storages.journal.JournalFileBackend(str(place / "study.journal"))
-    return optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend))
+    return optuna.load_study(study_name=place.name, storage=optuna.storages.JournalStorage(backend))
 
 
 def states(place):
@@ -133,7 +133,7 @@ def finished(place):
 def test_a_study_from_the_config_to_the_tuned_run(root, tmp_path):
     place = tmp_path / "study"
     words = ["tune.workers=2", "data.name=counted", "tune.trials=10"]
-    text = tune(root, place, *words).succeed()
+    text = tune(root, place, *words).succeed(300)
     assert re.search(r"best \S+  done 10/10  pruned \d+  failed 0  left 0:00:0\d", text)
     assert "look at the study: optuna-dashboard" in text
     table = trials_of(place)
@@ -149,8 +149,8 @@ def test_a_study_from_the_config_to_the_tuned_run(root, tmp_path):
         page = (place / f"{name}.html").read_text()
         assert not re.search(r'<(script|link)[^>]+(src|href)="http', page)
     # The same command again finds nothing to do, and more trials are added to those.
-    assert "done 10/10" in tune(root, place, *words, log="again").succeed()
-    assert tune(root, place, *words[:2], "tune.trials=11", log="more").succeed()
+    assert "done 10/10" in tune(root, place, *words, log="again").succeed(300)
+    assert tune(root, place, *words[:2], "tune.trials=11", log="more").succeed(300)
     assert len(trials_of(place)) == 11
     # What was tuned, and nothing else.
     best = trials_of(place).sort_values("value", key=pd.to_numeric, kind="stable").iloc[-1]
@@ -166,7 +166,7 @@ def test_boosted_trials_are_pruned_over_rounds(root, tmp_path):
     place = tmp_path / "study"
     space = 'tune.space={"boost.params.learning_rate" = { low = 1e-3, high = 0.5, log = true }, "boost.params.num_leaves" = { low = 2, high = 40 }}'
     words = ["tune.target=boost", "tune.trials=14", "boost.params.learning_rate=0.3", "boost.patience=0", space, "task.best=min loss"]
-    tune(root, place, *words, "boost.params.min_data_in_leaf=5").succeed()
+    tune(root, place, *words, "boost.params.min_data_in_leaf=5").succeed(300)
     table = trials_of(place)
     pruned, complete = (table[table["state"] == state]["steps"] for state in ("PRUNED", "COMPLETE"))
     assert len(pruned)
@@ -174,42 +174,42 @@ def test_boosted_trials_are_pruned_over_rounds(root, tmp_path):
     assert pruned.max() < 3
     text = commands.succeed("boost.py", "--config", root / "x.toml", *words, "--config", place / "best.toml", folder=tmp_path, root=root)
     assert "boost-tuned" in text
-    assert "min_data_in_leaf" not in text
+    assert tomli.loads((place / "best.toml").read_text())["boost"]["params"]["min_data_in_leaf"] == 5  # a free table is replaced whole
 
 
 def test_failing_trials_have_their_reason_and_five_stop_the_study(root, tmp_path):
     space = 'tune.space={"model.width" = [4, 8, 16]}'
-    some = tune(root, tmp_path / "some", space, "model.name=counted", environment={"FAILS": "16"}).succeed()
+    some = tune(root, tmp_path / "some", space, "model.name=counted", environment={"FAILS": "16"}).succeed(300)
     table = trials_of(tmp_path / "some")
-    assert sorted(table["state"])[:0] == []
     assert (table["state"] != "FAIL").sum() == 6
     assert set(table[table["state"] == "FAIL"]["reason"]) <= {"out of memory: RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"}
     assert f"failed {(table['state'] == 'FAIL').sum()}" in some
     all_ = tune(root, tmp_path / "all", "model.name=counted", environment={"FAILS": "always"}, log="all")
-    assert all_.wait() == 2
+    assert all_.wait(300) == 2
     assert "error: 5 trials failed one after another, the last by: out of memory: RuntimeError: CUDA" in all_.text
     assert "Traceback" not in all_.text
     assert len(trials_of(tmp_path / "all")) == 5
     diverging = tune(root, tmp_path / "nan", "optim.lr=0.1", 'tune.space={"optim.lr" = { low = 1e18, high = 1e20 }}', "optim.name=SGD", log="nan")
-    assert diverging.wait() == 2
+    assert diverging.wait(300) == 2
     assert "the last by: Diverged: " in diverging.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_workers_and_keeps_what_is_there(root, tmp_path, number):
     place = tmp_path / "study"
-    running = tune(root, place, "tune.workers=2", "tune.trials=100000")
-    running.until(lambda: len(finished(place)) >= 3, 120)
+    # A shell's background job, as tests may be, ignores SIGINT and hands that down.
+    running = tune(root, place, "tune.workers=2", "tune.trials=100000", before=["env", "--default-signal=INT"])
+    running.until(lambda: len(finished(place)) >= 3, 300)
     workers = launch.children(running.pid)
     running.kill(number)
-    assert running.wait() == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert running.wait(300) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert not any(map(launch.alive, workers))
     assert "finished trials are kept, the same command goes on" in running.text
     assert "Traceback" not in running.text
     assert (place / "best.toml").exists()
     done = len(finished(place))
     assert (trials_of(place)["state"] != "FAIL").sum() == done
-    assert f"done {done}/{done}" in tune(root, place, f"tune.trials={done}", log="again").succeed()
+    assert f"done {done}/{done}" in tune(root, place, f"tune.trials={done}", log="again").succeed(300)
 
 
 def test_grids_other_samplers_and_timeouts(root, tmp_path):
@@ -222,17 +222,17 @@ def test_grids_other_samplers_and_timeouts(root, tmp_path):
         grid,
         "tune.trials=50",
         "tune.pruner=NopPruner",
-    ).succeed()
+    ).succeed(300)
     assert set(trials_of(tmp_path / "grid")["model.width"]) == {4, 8, 12}
     words = ["tune.sampler=RandomSampler", "tune.pruner=HyperbandPruner", "tune.timeout=1", "tune.trials=100000"]
-    assert "left 0:00:00" in tune(root, tmp_path / "late", *words, log="late").succeed()
+    assert "left 0:00:00" in tune(root, tmp_path / "late", *words, log="late").succeed(300)
 
 
 def test_a_second_supervisor_joins_by_the_storage(root, tmp_path):
     """Two folders stand for two machines; the count is exact though both queue trials."""
     url = f"tune.storage=sqlite:///{tmp_path / 'shared.db'}"
     one, two = (tune(root, tmp_path / name / "study", url, "tune.trials=16", log=name) for name in ("a", "b"))
-    one.succeed(), two.succeed()
+    one.succeed(300), two.succeed(300)
     study = optuna.load_study(study_name="study", storage=url.partition("=")[2])
     kept = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
     assert sorted(trial.user_attrs["slot"] for trial in kept) == list(range(16))
@@ -247,12 +247,12 @@ def test_ten_killed_workers_and_a_killed_parent(root, tmp_path):
     kills, parent, done, attempt = 0, 5, 0, itertools.count()
     while kills < 10:
         done = len(finished(place))
-        running.until(lambda done=done: len(finished(place)) > done, 120)
+        running.until(lambda done=done: len(finished(place)) > done, 300)
         if kills == parent:
             parent, workers = None, launch.children(running.pid)
             running.kill()
             running.wait()
-            assert launch.eventually(lambda workers=workers: not any(map(launch.alive, workers)), 10)
+            assert launch.eventually(lambda workers=workers: not any(map(launch.alive, workers)), 60)
             running = tune(root, place, *words, log=f"again{next(attempt)}")
             continue
         workers = [pid for pid in launch.children(running.pid) if has_finished_one(place, pid)]
@@ -309,7 +309,7 @@ def test_a_strategy_gives_each_trial_its_own_process(root, tmp_path):
 @pytest.mark.slow
 def test_each_trial_is_in_the_tracker_under_one_group(root, tmp_path):
     place = tmp_path / "study"
-    tune(root, place, 'track.to=["wandb"]', "track.mode=offline", "tune.trials=2", "tune.pruner=NopPruner").succeed()
+    tune(root, place, 'track.to=["wandb"]', "track.mode=offline", "tune.trials=2", "tune.pruner=NopPruner").succeed(300)
     for number in ("0000", "0001"):
         [record] = (place / "trials" / number).glob("wandb/offline-run-*/run-*.wandb")
         assert b"accuracy" in record.read_bytes()
@@ -349,7 +349,7 @@ WRONG = {
     "what makes no other result": ('tune.space={"run.dir" = ["a"]}', "run.dir", "no such setting"),
     "entry of no table": ('tune.space={"optim.lr.x" = [1e-3]}', "optim.lr.x", "no such setting"),
     "empty choice": ('tune.space={"optim.lr" = []}', "optim.lr", "empty"),
-    "neither range nor choice": ('tune.space={"optim.lr" = 3}', "tune.space", "dict"),
+    "neither range nor choice": ('tune.space={"optim.lr" = 3}', "tune.space", "list of choices"),
     "low above high": ('tune.space={"optim.lr" = { low = 1e-1, high = 1e-3 }}', "optim.lr", "low = 0.1 must be less than high = 0.001"),
     "empty range": ('tune.space={"optim.lr" = { low = 1e-3, high = 1e-3 }}', "optim.lr", "must be less than"),
     "log with 0": ('tune.space={"optim.lr" = { low = 0, high = 1, log = true }}', "optim.lr", "low = 0 must be above 0"),
@@ -376,7 +376,7 @@ WRONG = {
 @pytest.fixture(scope="module")
 def wrong(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
-    lines = [["tune.py", "--config", root / "x.toml", f"run.dir={folder / 'study'}", words[0]] for words in WRONG.values()]
+    lines = [["tune.py", "--config", root / "x.toml", f"run.dir={folder / str(number)}", words[0]] for number, words in enumerate(WRONG.values())]
     return dict(zip(WRONG, commands.many(lines, folder, root), strict=True))
 
 
@@ -392,17 +392,17 @@ def test_wrong_input_is_one_clear_line(wrong, name):
 
 def test_a_study_of_another_space_and_data_that_cannot_be_read(root, tmp_path):
     place = tmp_path / "study"
-    tune(root, place, "tune.trials=1").succeed()
+    tune(root, place, "tune.trials=1").succeed(300)
     for word, said in {
         'tune.space={"optim.lr" = [1e-3, 1e-2]}': "tune.space",
         "train.batch_size=16": "train.batch_size",
         "tune.target=boost": "target",
     }.items():
         other = tune(root, place, word, log=said)
-        assert other.wait() == 2
+        assert other.wait(300) == 2
         [line] = other.text.splitlines()
         assert "is one of another config" in line
         assert said in line
         assert "set run.dir" in line
     gone = tune(root, tmp_path / "gone", "data.name=table", "data.train=gone.csv", "data.target=y", "data.dataset=wine", log="gone")
-    assert gone.wait() == 2
+    assert gone.wait(300) == 2
