@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: setup train test test-all lint soak bench-overhead bench-startup bench-checkpoint bench-tracking bench-tune
+.PHONY: setup train test test-all test-long lint soak bench-overhead bench-startup bench-checkpoint bench-tracking bench-tune
 
 train: $(VENV)/.base            ## train the default: handwritten digits, a minute on two cores
 	$(RUN) train.py --config conf/digits.toml
@@ -10,10 +10,13 @@ train: $(VENV)/.base            ## train the default: handwritten digits, a minu
 setup: $(VENV)/.extra           ## everything, without running anything
 
 test: $(VENV)/.extra            ## within 10 minutes on two cores
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow and not long"
 
 test-all: $(VENV)/.extra        ## the slow ones
 	$(RUN) -m pytest -m slow
+
+test-long: $(VENV)/.extra       ## searches that need an idle machine
+	$(RUN) -m pytest -m long
 
 lint: $(VENV)/.extra
 	$(RUN) -m ruff check .

@@ -111,7 +111,8 @@ def set_up(settings: Settings, run: Path | None, plan: Plan, accelerator: Any, s
     if len(progress.loss_sums) == plan.processes:
         loss_sum += progress.loss_sums[accelerator.process_index]
     strategy.settle_buckets(accelerator, wrapped, lambda: splits.train.__getitems__(torch.arange(min(plan.micro, samples))))
-    return Experiment(settings, run, plan, accelerator, splits, model_file, model, wrapped, optimizer, sequence, progress, total_steps, loss_sum)  # fmt: skip
+    parts = (model_file, model, wrapped, optimizer, sequence, progress, total_steps, loss_sum)
+    return Experiment(settings, run, plan, accelerator, splits, *parts)
 
 
 def fit(e: Experiment, tracker: tracking.Tracker, on_eval: OnEval | None) -> None:

@@ -31,13 +31,15 @@ class Journal:
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_text(text)
         os.replace(aside, path)
-        self.file = open(path, "a")
+        self.file = open(path, "ab", buffering=0)
+        self.pending = b""
 
     def write(self, line: dict[str, Any]) -> None:
         """Times and rates belong inside line["clock"]: all else is equal in a run that was killed and one that was not."""
         if self.file:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            self.pending += (json.dumps(line) + "\n").encode()
+            with contextlib.suppress(OSError):  # the disk is full, as the saver says too: once there is room again
+                self.pending = self.pending[self.file.write(self.pending) :]
 
     def close(self) -> None:
         if self.file:

@@ -87,7 +87,7 @@ class Wandb:
             return wandb.init(
                 id=record["id"], resume="allow", mode=mode, dir=os.environ.get("WANDB_DIR") or self.tracker.run, config=config(self.tracker),
                 project=track.project or os.environ.get("WANDB_PROJECT") or record["project"], entity=track.entity or None,
-                name=os.environ.get("WANDB_NAME") or record["name"], tags=track.tags or None,
+                name=os.environ.get("WANDB_NAME") or record["name"], tags=without_secrets(track.tags) or None,
             )  # fmt: skip
         finally:
             sys.argv = words

@@ -62,7 +62,9 @@ class Model(nn.Module):
             arch_type=config.architecture,
         )
         # As in the authors' recipe, the linear part of an embedding is not decayed; its pieces are.
-        self.not_decayed = {f"net.num_module.{name}" for name, _ in embeddings.named_parameters() if name.startswith("linear0.")} if embeddings else set()
+        self.not_decayed = (
+            {f"net.num_module.{name}" for name, _ in embeddings.named_parameters() if name.startswith("linear0.")} if embeddings else set()
+        )
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Training: every member's output, [b, members] or [b, members, classes]. Else one logit or value a row, as other models."""
@@ -111,7 +113,8 @@ def cross_entropy(output: Tensor, batch: dict[str, Tensor], progress: Any, *, la
     if output.dim() == 2:
         return F.cross_entropy(output.float(), batch["target"], reduction="none", label_smoothing=label_smoothing)
     target = batch["target"][:, None].expand(output.shape[:2])
-    return F.cross_entropy(output.float().flatten(0, 1), target.flatten(), reduction="none", label_smoothing=label_smoothing).view(target.shape).mean(1)
+    flat = output.float().flatten(0, 1)
+    return F.cross_entropy(flat, target.flatten(), reduction="none", label_smoothing=label_smoothing).view(target.shape).mean(1)
 
 
 def mse(output: Tensor, batch: dict[str, Tensor], progress: Any) -> Tensor:

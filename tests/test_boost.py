@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import lightgbm
@@ -143,26 +142,34 @@ def test_the_best_round_and_weights_are_those_of_the_native_call(folder, tmp_pat
     np.testing.assert_array_equal(pd.read_parquet(tmp_path / "xgboost" / "oof.parquet")["probability_yes"], mine)
 
 
+KILLED = """
+import os, signal, sys
+import boost
+
+call = boost.Watch.__call__
+
+def killed(watch, rounds, *more):
+    if watch.number == 2 and rounds == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+    call(watch, rounds, *more)
+
+boost.Watch.__call__ = killed
+boost.main()
+"""
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_run_killed_in_its_third_fold_ends_with_the_same_file(folder, tmp_path, library):
-    words = [f"data.root={folder}", f"boost.library={library}", "boost.folds=5", "boost.rounds=1000", "boost.patience=0"]
-    command = [sys.executable, str(commands.ROOT / "boost.py"), "--config", str(folder / "boost.toml"), *words, f"run.dir={tmp_path / 'killed'}"]
-    running = subprocess.Popen(command, env=commands.environment(), stdout=subprocess.DEVNULL)
-    while not (tmp_path / "killed/folds/fold1.json").exists():
-        assert running.poll() is None
-        time.sleep(0.005)
-    time.sleep(0.1)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    there = {path.stem for path in (tmp_path / "killed/folds").glob("*.json")}
-    assert there == {"fold0", "fold1"}
+def test_a_run_killed_in_its_third_fold_ends_with_the_same_files(folder, tmp_path, library):
+    words = [f"boost.library={library}", "boost.folds=5", "boost.patience=0"]
+    command = [sys.executable, "-c", KILLED, "--config", str(folder / "boost.toml"), f"data.root={folder}", *words, f"run.dir={tmp_path / 'killed'}"]
+    assert subprocess.run(command, env=commands.environment(), stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    assert {path.stem for path in (tmp_path / "killed/folds").glob("*.json")} == {"fold0", "fold1"}
     with pytest.raises(UserError, match="has not ended"):
         BoostPredictor(tmp_path / "killed")
-    settings = settings_of(folder, *words[1:], f"run.dir={tmp_path / 'killed'}")
     kept = (tmp_path / "killed/folds/fold0.json").stat().st_mtime_ns
-    resumed = boost(settings)
+    resumed = boost(settings_of(folder, *words, f"run.dir={tmp_path / 'killed'}"))
     assert (tmp_path / "killed/folds/fold0.json").stat().st_mtime_ns == kept
-    straight = boost(settings_of(folder, *words[1:], f"run.dir={tmp_path / 'straight'}"))
+    straight = boost(settings_of(folder, *words, f"run.dir={tmp_path / 'straight'}"))
     suffix = boosting.LIBRARIES[library].suffix
     for name in ["oof.parquet", "importance.csv", "steps.jsonl", *(f"folds/fold{number}{suffix}" for number in range(5))]:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()

@@ -83,7 +83,7 @@ def test_help_is_as_quick_as_importing_torch():
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     taken = {name: [] for name in ("torch", *SCRIPTS)}
-    for _ in range(3):
+    for _ in range(2):
         for name, times in taken.items():
             times.append(seconds("-c", "import torch, pydantic") if name == "torch" else seconds(name, "--help"))
     best = {name: min(times) for name, times in taken.items()}

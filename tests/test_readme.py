@@ -105,7 +105,7 @@ def copy(tmp_path_factory) -> Path:
     copy = tmp_path_factory.mktemp("copy")
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=commands.ROOT, capture_output=True, text=True, check=True)
     for name in listed.stdout.splitlines():
-        if not name.startswith(("tests/", "benchmarks/")) and (commands.ROOT / name).exists():
+        if not name.startswith(("tests/", "benchmarks/")) and (commands.ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(commands.ROOT / name, copy / name)
     for name, text in examples().items():

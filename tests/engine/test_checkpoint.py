@@ -163,7 +163,7 @@ def test_a_skipped_one_does_not_push_out_whole_ones(one, tmp_path):
     assert differences(run, straight) == []
 
 
-@pytest.mark.parametrize("kind", [DDP, ZERO3], ids=lambda kind: kind.strategy)
+@pytest.mark.parametrize("kind", [DDP, pytest.param(ZERO3, marks=pytest.mark.slow)], ids=lambda kind: kind.strategy)
 def test_full_disk_by_a_limit(tmp_path, kind):
     kind.start(tmp_path / "straight").succeed()
     text = kind.start(tmp_path / "run", AT_STEPS="8/17", LARGEST="2000").succeed()
@@ -192,8 +192,9 @@ def test_full_disk(tmp_path):
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted: {mounted.stderr.strip()}")
     try:
-        text = ONE.start(disk / "run", AT_STEPS="8/17", FULL=str(disk)).succeed()
-        ONE.start(tmp_path / "straight").succeed()
+        long = ("train.steps=80", "train.log_every=1")  # enough lines to need another page
+        text = ONE.start(disk / "run", *long, AT_STEPS="8/60", FULL=str(disk)).succeed()
+        ONE.start(tmp_path / "straight", *long).succeed()
         assert "warning: saving step 10: [Errno 28] No space left on device" in text
         assert differences(disk / "run", tmp_path / "straight") == []
     finally:

@@ -49,8 +49,14 @@ def test_signal_to_python(tmp_path, number):
     finish(ONE, run)
 
 
-@pytest.mark.parametrize("kind", [DDP, ZERO3], ids=lambda kind: kind.strategy)
-@pytest.mark.parametrize("to", ["launcher", "rank"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "to"),
+    [(DDP, "launcher"), (ZERO3, "rank"), pytest.param(DDP, "rank", marks=SLOW), pytest.param(ZERO3, "launcher", marks=SLOW)],
+    ids=lambda value: getattr(value, "strategy", value),
+)
 def test_sigterm_under_a_launcher(tmp_path, kind, to):
     run = tmp_path / "run"
     running = kind.start(run, *ENDLESS)
@@ -118,6 +124,7 @@ def test_torchrun_restarts_and_the_run_resumes_by_itself(tmp_path, kind):
     assert differences(run, tmp_path / "straight") == []
 
 
+@pytest.mark.slow
 def test_four_ranks_after_a_kill(tmp_path):
     """With three or more ranks DDP's buckets decide the order of summation."""
     FOUR.start(tmp_path / "straight").succeed()
