@@ -51,10 +51,10 @@ def build(task: Any, info: Any, model_file: Any) -> Loss:
     """The loss of task.loss in the model's file, else here, with its options. Raises UserError."""
     name = kind_of(info.kind, model_file).loss if task.loss == "auto" else task.loss
     options = task.loss_options
-    own = getattr(model_file, name, None)
-    if own is None and name not in NAMES:
+    own = getattr(model_file, name, None)  # a module that the file imports is no loss
+    if not callable(own) and name not in NAMES:
         raise UserError(f"task.loss = {name!r}: no such loss in {model_file.__name__} or engine/losses.py{suggestion(name, NAMES)}")
-    function = own or globals()[name]
+    function = own if callable(own) else globals()[name]
     known = [key for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
     for key in options:
         if key not in known:

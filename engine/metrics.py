@@ -93,7 +93,7 @@ def names(task: Any, info: Any, model_file: Any) -> list[str]:
         wanted.append(score)
     known = NAMED.get(info.kind, {})
     for name in wanted:
-        if name not in known and not hasattr(model_file, name):
+        if name not in known and not callable(getattr(model_file, name, None)):
             key = "task.best" if name == score and name not in task.metrics else "task.metrics"
             raise UserError(f"{key} = {name!r}: no metric of a {info.kind} task{suggestion(name, known)}")
     return wanted
@@ -105,8 +105,8 @@ def build(task: Any, info: Any, model_file: Any) -> dict[str, Any]:
 
     built = {}
     for name in names(task, info, model_file):
-        if hasattr(model_file, name):
-            metric = getattr(model_file, name)(info)
+        if callable(own := getattr(model_file, name, None)):
+            metric = own(info)
         else:
             class_name, options = NAMED[info.kind][name]
             options = {key: len(info.labels) if value == "classes" else value for key, value in options.items()}

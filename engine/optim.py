@@ -55,8 +55,8 @@ def build(model: nn.Module, settings: Settings, model_file: Any) -> torch.optim.
     """The optimizer of the settings. Raises UserError for an unknown name or option."""
     name, optim = settings.optim.name, settings.optim
     groups = parameter_groups(model, optim.weight_decay)
-    if hasattr(model_file, name):
-        return getattr(model_file, name)(groups, lr=optim.lr, **checked(getattr(model_file, name), optim.options))
+    if callable(own := getattr(model_file, name, None)):
+        return own(groups, lr=optim.lr, **checked(own, optim.options))
     zero, offload = settings.strategy.name != "ddp", settings.strategy.name.endswith("offload")
     cuda = torch.cuda.is_available()
     if name == "auto":
