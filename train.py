@@ -78,9 +78,11 @@ def train(settings: Settings, splits: Splits | None = None, on_eval: OnEval | No
         process.check_shared(run)
     with tracking.Tracker(settings, run) as tracker:
         experiment = set_up(settings, run, plan, accelerator, splits)
-        if run and experiment.finished and (run / "result.json").exists():
-            process.say(f"{run}: finished at step {experiment.progress.step}; more train.epochs or train.steps would go on from there")
-            return json.loads((run / "result.json").read_text())
+        if run and experiment.finished:
+            more = "train.epochs or train.steps" if experiment.progress.step >= experiment.total_steps else "train.patience"
+            process.say(f"{run}: finished at step {experiment.progress.step}; more {more} would go on from there")
+            if (run / "result.json").exists():
+                return json.loads((run / "result.json").read_text())
         tracker.start(experiment.progress.step, **asdict(plan), parameters=report.parameter_count(experiment.model.parameters()))
         fit(experiment, tracker, on_eval)
         return conclude(experiment, run, tracker) if run else {"best": experiment.best_scores, "step": experiment.progress.step}

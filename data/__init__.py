@@ -1,4 +1,5 @@
-"""One kind of data a file: `class Config(DataConfig)` and `load(config) -> Splits`.
+"""One kind of data a file: `class Config(DataConfig)`, `load(config, kind) -> Splits` (kind is task.kind), and for new files
+`read_rows(path, config, preprocessing, info, chunk_rows) -> Iterator[Rows]`.
 
 `data.name = "table"` means `data/table.py`: the folder listing is the registry, so adding a dataset is adding a file.
 

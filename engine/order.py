@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from engine import process
 from engine.settings import Plan
 
 Slice = tuple[torch.Tensor, torch.Tensor]
@@ -119,6 +120,11 @@ def same(batch: Any) -> Any:
     return batch
 
 
+def end_with_rank(_: int) -> None:
+    """A reading process would outlive a killed rank for seconds, and with it the lock of the run folder."""
+    process.die_with_parent()
+
+
 def loader(order: Order, rank: int, first_step: int, last_step: int, workers: int) -> Iterable[dict[str, torch.Tensor]]:
     """Batches of this rank, read in the loop itself or ahead by workers.
 
@@ -127,5 +133,5 @@ def loader(order: Order, rank: int, first_step: int, last_step: int, workers: in
     dataset, sampler = Factored(order.dataset), BatchSampler(order, rank, first_step, last_step)
     if workers == 0:
         return map(dataset.__getitems__, sampler)
-    pinned = torch.cuda.is_available()
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=same, num_workers=workers, pin_memory=pinned, generator=torch.Generator())
+    how = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "generator": torch.Generator()}
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=same, worker_init_fn=end_with_rank, **how)

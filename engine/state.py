@@ -121,8 +121,14 @@ def restore_whole(model: nn.Module, optimizer: Any, stored: StoredTensors) -> No
     inner.load_state_dict(given)
 
 
-def moment_keys(stored: StoredTensors) -> list[str]:
-    return sorted({name.split(".")[1] for name in stored.places if name.startswith("optim.")})
+def moment_keys(stored: StoredTensors) -> set[str]:
+    return {name.split(".")[1] for name in stored.places if name.startswith("optim.")}
+
+
+def scalar_moments(stored: StoredTensors) -> list[str]:
+    """A step, or NAdam's product: one number for all elements. (A parameter's moments have more, but for those without a dimension.)"""
+    more = {name.split(".")[1] for name in stored.places if name.startswith("optim.") and len(stored.spec(name)[1]) > 0}
+    return [name for name in stored.places if name.startswith("optim.") and name.split(".")[1] not in more]
 
 
 # ZeRO-2: whole weights on every rank, fp32 masters and moments in flat partitions that cut across parameters
@@ -191,13 +197,12 @@ def put_fragment(parameter: nn.Parameter, flat: torch.Tensor, whole: torch.Tenso
 
 def seed_moments(inner: Any, flats: Any, stored: StoredTensors) -> None:
     """ZeRO's optimizers make their state at the first step; make it now, so that there is something to restore into."""
-    step = next((float(stored.full(name)) for name in stored.places if name.startswith("optim.step.")), 0.0)
-    keys = [key for key in moment_keys(stored) if key != "step"]
+    scalars = {name.split(".")[1]: stored.full(name) for name in scalar_moments(stored)}
     whole_number = not type(inner).__module__.startswith("torch.")
     for flat in flats:
         # DeepSpeed's Adam indexes with its step, torch's fused kernels want a tensor beside the weights.
-        inner.state[flat] = {"step": int(step) if whole_number else torch.tensor(step, device=step_device(inner, flat))}
-        inner.state[flat] |= {key: torch.zeros_like(flat, requires_grad=False) for key in keys}
+        state = {key: int(value) if whole_number else value.to(step_device(inner, flat), copy=True) for key, value in scalars.items()}
+        inner.state[flat] = state | {key: torch.zeros_like(flat, requires_grad=False) for key in moment_keys(stored) - scalars.keys()}
 
 
 def step_device(inner: Any, flat: torch.Tensor) -> torch.device:
@@ -235,7 +240,7 @@ def restore_zero3(model: nn.Module, optimizer: Any, stored: StoredTensors) -> No
     zero = optimizer.optimizer
     rank, processes = process.rank(), process.world_size()
     seed_moments(zero.optimizer, zero.fp32_partitioned_groups_flat, stored)
-    keys = [key for key in moment_keys(stored) if key != "step"]
+    keys = moment_keys(stored) - {name.split(".")[1] for name in scalar_moments(stored)}
     for name, parameter in model.named_parameters():
         piece = stored.piece(name, rank, processes)
         # Without this line the first forward would use the weights of before, and nothing would say so.

@@ -96,7 +96,7 @@ class StoredTensors:
     def spec(self, name: str) -> tuple[torch.dtype, Sequence[int]]:
         """dtype and true shape, without reading the tensor."""
         part = self.places[name][0].get_slice(name)
-        return DTYPES[part.get_dtype()], self.shapes.get(name) or part.get_shape()
+        return DTYPES[part.get_dtype()], self.shapes[name] if name in self.shapes else part.get_shape()
 
     def full(self, name: str) -> torch.Tensor:
         if name not in self.shapes:

@@ -99,7 +99,9 @@ class Wandb:
     def conclude(self, step: int, result: dict[str, Any], pictures: list[Path], table: tuple[list[str], list[list[Any]]]) -> None:
         import wandb
 
-        self.run.summary.update(row(result) | {"best_step": result.get("step"), "weights": str((self.tracker.run / "best").resolve())})
+        weights = self.tracker.run / "best"
+        weights = str((weights if weights.exists() else self.tracker.run).resolve())
+        self.run.summary.update(row(result) | {"best_step": result.get("step"), "weights": weights})
         try:
             media = {picture.stem: wandb.Image(str(picture)) for picture in pictures} | {"predictions": wandb.Table(columns=table[0], data=table[1])}
             self.run.summary.update(media) if step in self.seen else self.run.log(media, step=step)
@@ -183,14 +185,8 @@ class Accelerated:
             for picture in pictures:
                 self.inner.tracker.add_image(picture.stem, imread(picture), step, dataformats="HWC")
 
-    def alert(self, title: str, text: str, good: bool) -> None:
-        """It has none; PLAINLOOP_ALERTS serves."""
-
     def finish(self, code: int) -> None:
         self.inner.finish()
-
-    def leave(self) -> None:
-        """Nothing of it is left to end."""
 
 
 if __name__ == "__main__":

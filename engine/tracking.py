@@ -179,12 +179,12 @@ class Tracker:
         while task := self.tasks.get():
             for tracker in list(self.trackers):
                 try:
-                    getattr(tracker, task[0])(*task[1])
+                    getattr(tracker, task[0], ignore)(*task[1])
                 except Exception as error:
                     if tracker in self.trackers:
                         self.trackers.remove(tracker)
                         warn(f"{tracker.kind} is left, training goes on, the run folder has all", error)
-                        tracker.leave()
+                        getattr(tracker, "leave", ignore)()
 
     def __enter__(self) -> "Tracker":
         return self
@@ -210,7 +210,11 @@ class Tracker:
             print(f"warning: trackers or alerts did not answer within {PATIENCE} s and are left; the run folder has all", flush=True)
             left, self.trackers = self.trackers, []
             for tracker in left:
-                tracker.leave()
+                getattr(tracker, "leave", ignore)()
+
+
+def ignore(*_: Any) -> None:
+    """What not every tracker does: alerts, and leaving a process behind."""
 
 
 def warn(text: str, error: Exception) -> None:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ PACKAGES = [
 ]  # fmt: skip
 SINGLE = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")} | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
-CHILD = ROOT / "tests" / "child.py"
 TINY = (
     "model.width=16", "model.depth=1", "train.steps=24", "train.batch_size=64", "train.clip=1.0", "train.log_every=3",
     "train.eval_every=7", "train.save_every=5", "run.deterministic=true",
@@ -161,8 +161,8 @@ def start(
     """
     options = ["--nproc_per_node", str(processes), *launcher] if processes > 1 or launcher else []
     command = [str(script), *map(str, words)]
-    env = environment(**SINGLE, **variables) | {"PYTHONPATH": str(script.parent)}
-    log.parent.mkdir(parents=True, exist_ok=True)
+    # What a killed torchrun leaves in the folder for temporary files goes with the log.
+    env = environment(**SINGLE, **variables) | {"PYTHONPATH": str(script.parent), "TMPDIR": str(log.parent)}
     log.touch()
     if cold:
         prefix = [*before, sys.executable, *(["-m", "torch.distributed.run", *options] if options else [])]
@@ -180,13 +180,8 @@ def start(
 
 def copy_of_repository(folder: Path, **files: str) -> Path:
     """The product's own files, and more of them: models__tied="..." becomes models/tied.py."""
-    for path in [
-        *ROOT.glob("*.py"),
-        ROOT / "pyproject.toml",
-        *(path for name in ("engine", "models", "data", "conf") for path in (ROOT / name).iterdir()),
-        CHILD,
-    ]:
-        if path.is_file():
+    for pattern in ("*.py", "*.toml", "engine/*.py", "models/*.py", "data/*.py", "conf/*.toml", "tests/child.py"):
+        for path in ROOT.glob(pattern):
             (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / path.relative_to(ROOT))
     for name, text in files.items():
@@ -209,6 +204,7 @@ def forked(options: list[str], command: list[str], folder: str, env: dict[str, s
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None
     if not options:
         return as_main(command)
     from torch.distributed import run as torchrun

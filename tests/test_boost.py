@@ -171,7 +171,7 @@ def test_a_run_killed_in_its_third_fold_ends_with_the_same_files(folder, tmp_pat
     assert (tmp_path / "killed/folds/fold0.json").stat().st_mtime_ns == kept
     straight = boost(settings_of(folder, *words, f"run.dir={tmp_path / 'straight'}"))
     suffix = boosting.LIBRARIES[library].suffix
-    for name in ["oof.parquet", "importance.csv", "steps.jsonl", *(f"folds/fold{number}{suffix}" for number in range(5))]:
+    for name in ["oof.parquet", "importance.csv", *(f"folds/fold{number}{suffix}" for number in range(5))]:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     assert {**resumed, "clock": None} == {**straight, "clock": None}
 

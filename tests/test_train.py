@@ -76,6 +76,9 @@ def ended(folder) -> dict[str, commands.Ended]:
             "overfit", "train.overfit=10", "train.steps=150", "train.eval_every=150", "model.dropout=0.0", "optim.lr=1e-2", "train.batch_size=4"
         ),
         "patience": wine("patience", sgd, "optim.lr=1e-12", "train.eval_every=1", "train.patience=3", "train.min_delta=0.01"),
+        "patience, more epochs": wine(
+            "patience", sgd, "optim.lr=1e-12", "train.eval_every=1", "train.patience=3", "train.min_delta=0.01", "train.steps=99"
+        ),
         "patience again": wine("patience", sgd, "optim.lr=1e-12", "train.eval_every=1", "train.patience=5", "train.min_delta=0.01"),
         "diverged at once": wine("diverged", sgd, "optim.lr=1e30", "train.eval_every=1"),
         "diverged later": wine("diverged_later", "run.resume=wine", sgd, "optim.lr=1e30", "train.steps=100", "train.eval_every=50"),
@@ -164,6 +167,7 @@ def test_a_few_samples_are_learned_by_heart(folder, ended):
 
 def test_patience_ends_a_run_that_does_not_improve(folder, ended):
     assert ended["patience"].status == 0
+    assert "finished at step 4; more train.patience would go on" in ended["patience, more epochs"].out
     assert [line["step"] for line in evaluations(folder / "patience")] == [1, 2, 3, 4, 5, 6]  # 4, and 2 with more patience
     assert result(folder / "patience")["step"] == 1
     assert "resumed patience/checkpoints/epoch=001-step=00000004" in ended["patience again"].out

@@ -396,7 +396,7 @@ def test_wrong_input_is_one_clear_line(wrong, name):
     assert "secretword" not in ended.text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_of_another_space_and_data_that_cannot_be_read(root, tmp_path):
     place = tmp_path / "study"
     tune(root, place, "tune.trials=1").succeed(300)

@@ -99,6 +99,17 @@ def test_ranks_die_with_their_launcher(tmp_path, kind):
     assert launch.eventually(lambda: not any(map(launch.alive, ranks)), 5)
 
 
+def test_reading_processes_die_with_their_rank(tmp_path):
+    """They hold the lock of the run folder too."""
+    running = ONE.start(tmp_path / "run", *ENDLESS, "train.workers=2")
+    running.until(lambda: saved(tmp_path / "run"))
+    readers = running.ranks()
+    assert len(readers) >= 2
+    running.kill()
+    running.wait()
+    assert launch.eventually(lambda: not any(map(launch.alive, readers)), 2)
+
+
 @pytest.mark.slow
 def test_ranks_die_with_torchrun(tmp_path):
     """The command itself; also where the launcher dies while the ranks still import."""

@@ -72,6 +72,29 @@ def test_mean_loss_over_a_change(tmp_path):
     assert losses(run) == pytest.approx(losses(straight), abs=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ddp", ["train.precision=bf16", "optim.name=SGD", "optim.options={momentum=0.9}"]),
+        ("ddp", ["optim.name=NAdam", "train.workers=2"]),
+        ("zero2", ["optim.name=SGD", "optim.options={momentum=0.9, nesterov=true}"]),
+        ("zero2-offload", ["train.precision=bf16"]),
+        ("zero3", ["train.precision=bf16", "strategy.sharded_init=true"]),
+        ("zero3-offload", ["train.precision=bf16"]),
+        ("zero3-offload", ["optim.name=NAdam"]),
+    ],
+)
+def test_exact_after_a_kill(tmp_path, name, words):
+    """Strategies, precisions and optimizers with more state than a moment of each weight."""
+    kind = Kind(name, 2, name)
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    kind.start(straight, *words).succeed()
+    assert kind.start(run, *words, KILL="step/13/1/launcher", KILLS=str(tmp_path / "kills")).wait() != 0
+    assert "resumed" in kind.start(run, *words).succeed()
+    assert differences(run, straight) == []
+
+
 TIED = '''
 import torch
 from models import mlp
@@ -103,9 +126,10 @@ class Model(nn.Module):
 '''
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "running"),
-    [(ZERO3, True), pytest.param(Kind("ddp x 3", 3, "ddp"), True, marks=pytest.mark.slow), pytest.param(ZERO2, False, marks=pytest.mark.slow)],
+    [(ZERO3, True), (Kind("ddp x 3", 3, "ddp"), True), (ZERO2, False)],
 )
 def test_tied_frozen_and_buffers(tmp_path, kind, running):
     """They come back from a kill, and are in best/ once each, whole and unchanged."""
