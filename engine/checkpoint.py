@@ -204,7 +204,7 @@ class Saver:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / "manifest.json"
     with open(path, "w") as file:
-        json.dump(manifest | {"digest": digest_of(manifest)}, file)
+        json.dump(manifest | {"digest": digest_of(manifest)}, file, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
     fsync_folder(folder)
