@@ -10,10 +10,10 @@ train: $(VENV)/.base            ## train the default: handwritten digits, a minu
 setup: $(VENV)/.extra           ## everything, without running anything
 
 test: $(VENV)/.extra            ## within 10 minutes on two cores
-	$(RUN) -m pytest -m "not slow and not long"
+	$(RUN) -m pytest -n 2 --dist loadscope -m "not slow and not long"
 
 test-all: $(VENV)/.extra        ## the slow ones
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -n 2 --dist loadscope -m slow
 
 test-long: $(VENV)/.extra       ## searches that need an idle machine
 	$(RUN) -m pytest -m long

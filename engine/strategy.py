@@ -210,16 +210,16 @@ def update(accelerator: Any, model: nn.Module, optimizer: Any, clip: float) -> t
     """
     if not accelerator.sync_gradients:
         return None
+    if plain(accelerator):
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip) if clip else None
+        optimizer.optimizer.step()
+        for group in optimizer.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        return norm
     if hasattr(model, "get_global_grad_norm"):
         return torch.as_tensor(model.get_global_grad_norm() or 0.0)
-    if not plain(accelerator):
-        norm = accelerator.clip_grad_norm_(model.parameters(), clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip) if clip else None
-    optimizer.optimizer.step()
-    for group in optimizer.optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
+    norm = accelerator.clip_grad_norm_(model.parameters(), clip or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad()
     return norm

@@ -199,7 +199,7 @@ def test_resuming_near_the_end_of_a_long_epoch(tmp_path):
 
     seconds("base", 98)
     fresh, resumed = [], []
-    for turn in range(3):
+    for turn in range(5):
         fresh.append(seconds(f"fresh{turn}", 1))
         shutil.copytree(tmp_path / "base", tmp_path / f"resumed{turn}")
         resumed.append(seconds(f"resumed{turn}", 99))
