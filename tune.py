@@ -18,14 +18,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from engine import config, process, search, study_report, tracking
 from engine.config import UserError
 from engine.search import Search
 from engine.settings import Settings, command_line, parse, plan_of, replaced
 
+ALONE = 60  # seconds after which a process that failed in a trial takes itself for the only one
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
 Report = Callable[[int, dict[str, float]], None]
 
@@ -60,6 +64,9 @@ class Trials:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.splits: dict[str, Any] = {}
+        # Under torchrun, for ranks to find out whether all of them failed.
+        together = process.world_size() > 1
+        self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=ALONE)) if together else None
         self.read(settings)  # what is wrong with the data is said before the first trial
 
     def read(self, settings: Settings) -> Any:
@@ -116,6 +123,11 @@ class Trials:
             said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             exhausted = isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
         gc.collect()  # the traceback held what the trial had allocated
+        if self.group:
+            try:
+                torch.distributed.barrier(self.group)
+            except RuntimeError:  # the others wait in the middle of a step, for ever: only the launcher can end them
+                raise UserError(f"a process failed alone in a trial: {said}; the same command goes on with the study") from None
         return "FAIL", f"out of memory: {said}" if exhausted else said
 
 
@@ -273,8 +285,6 @@ def count_deaths(workers: dict[int, subprocess.Popen], deaths: int) -> int:
 
 def start_worker(found: Search, number: int) -> subprocess.Popen:
     """A worker of its own GPU, or share of cores. It asks to die with this process, and hears no Ctrl-C of the terminal."""
-    import torch
-
     environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // found.settings.tune.workers)), **os.environ}
     if count := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else range(count)

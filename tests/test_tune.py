@@ -67,7 +67,7 @@ class Model(mlp.Model):
         super().__init__(config, info)
         with open(os.environ["READS"], "a") as file:
             print(json.dumps(["trial", config.width, config.dropout]), file=file)
-        if os.environ.get("FAILS", "never") in (str(config.width), "always"):
+        if os.environ.get("FAILS", "never") in (str(config.width), "always", f"rank{os.environ.get('RANK')}"):
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
     def forward(self, batch):
@@ -300,6 +300,18 @@ def test_two_ranks_draw_and_prune_alike(root, tmp_path):
     assert pruned.any()
     steps = np.array([steps for _, steps in logged[0]])
     assert steps[pruned].max() < steps[~pruned].min()
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_ends_all_and_the_study_goes_on(root, tmp_path):
+    place = tmp_path / "study"
+    words = ["--config", root / "x.toml", f"run.dir={place}", "model.name=counted", "tune.trials=2"]
+    how = {"script": root / "tune.py", "folder": root, "processes": 2, "cold": True, "READS": str(tmp_path / "reads")}
+    failing = launch.start(*words, log=tmp_path / "failing", FAILS="rank1", **how)
+    assert failing.wait(180) != 0
+    assert "a process failed alone in a trial: RuntimeError: CUDA out of memory" in failing.text
+    launch.start(*words, log=tmp_path / "log", **how).succeed(180)
+    assert sorted(finished(place)) == [0, 1]
 
 
 @pytest.mark.long
