@@ -10,6 +10,7 @@ import os
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,19 @@ def apply_override(values: dict[str, Any], text: str, classes: dict[str, type[Co
                 wanted = type_name(field.annotation)
                 raise UserError(f"{key} = {raw!r}: must be a TOML value of type {wanted}, such as {example(field)}") from None
             value = raw
+    # Names of tune.space hold dots themselves.
+    parts = deeper if (section, name) == ("tune", "space") else deeper and deeper[0].split(".")
     table = values.setdefault(section, {})
-    if deeper and isinstance(table, dict):
-        old = table.get(name)
-        table[name] = {**(old if isinstance(old, dict) else {}), deeper[0]: value}
-    elif isinstance(table, dict):
-        table[name] = value
+    if isinstance(table, dict):
+        table[name] = inserted(table.get(name), parts, value)
+
+
+def inserted(old: Any, parts: Sequence[str], value: Any) -> Any:
+    """`value` at the place that the parts of a key name inside `old`, of which the rest stays."""
+    if not parts:
+        return value
+    table = old if isinstance(old, dict) else {}
+    return {**table, parts[0]: inserted(table.get(parts[0]), parts[1:], value)}
 
 
 def example(field: pydantic.fields.FieldInfo) -> str:

@@ -93,6 +93,10 @@ def test_free_tables_are_replaced_whole_and_entered_by_deeper_keys(toml):
     more = "[optim.options]\neps = 1e-6\namsgrad = true\n"
     assert parse(toml, "optim.options={ eps = 1.0 }", more=more).optim.options == {"eps": 1.0}
     assert parse(toml, "optim.options.eps=1.0", more=more).optim.options == {"eps": 1.0, "amsgrad": True}
+    deeper = "[strategy.deepspeed.zero_optimization]\noverlap_comm = true\n"
+    found = parse(toml, "strategy.deepspeed.zero_optimization.reduce_bucket_size=7", "strategy.deepspeed.wall_clock_breakdown=true", more=deeper)
+    assert found.strategy.deepspeed == {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 7}, "wall_clock_breakdown": True}
+    assert parse(toml, "tune.space.optim.lr=[1.0]").tune.space == {"optim.lr": [1.0]}  # its names hold dots
 
 
 def test_labels_and_root_have_defaults(toml, monkeypatch):
