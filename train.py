@@ -232,6 +232,8 @@ def conclude(e: Experiment, run: Path, tracker: tracking.Tracker) -> dict[str, A
         folder.write_text(run / "result.json", json.dumps(result, indent=1))
         tracker.conclude(e.progress.step, result, [run / "curves.png", run / picture], report.prediction_table(e.info, predictions, target))
         page.write(run)
+        if e.progress.step < e.total_steps:
+            print(f"stopped early at step {e.progress.step}: {e.settings.train.patience} evaluations without an improvement")
         print(f"best at step {step}: {report.scores_text(best)}\n{split}: {report.scores_text(scores)}")
         print(f"pictures {run}/curves.png, {run}/{picture}, all on {run}/report.html\nweights {run}/best", flush=True)
         return result

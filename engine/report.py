@@ -221,7 +221,7 @@ def draw_confusion(predictions: np.ndarray, target: np.ndarray, labels: Sequence
         axis.set_xticks(range(count), labels, rotation=45, ha="right")
         axis.set_yticks(range(count), labels)
     axis.set(xlabel="predicted", ylabel="true")
-    drawing.savefig(path)
+    drawing.savefig(path, bbox_inches="tight")
 
 
 def draw_residuals(predictions: np.ndarray, target: np.ndarray, path: Path) -> None:
