@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: setup train test test-all test-long lint soak bench-overhead bench-startup bench-checkpoint bench-tracking bench-tune
+.PHONY: setup train test test-all test-long lint soak bench-overhead bench-startup bench-checkpoint bench-tracking bench-tune bench-emotion bench-tables
 
 train: $(VENV)/.base            ## train the default: handwritten digits, a minute on two cores
 	$(RUN) train.py --config conf/digits.toml
@@ -27,6 +27,7 @@ soak: $(VENV)/.extra            ## 200 kills
 
 bench-overhead: $(VENV)/.bench
 	$(RUN) benchmarks/overhead.py
+	$(RUN) benchmarks/overhead.py --workload text
 
 bench-startup: $(VENV)/.bench
 	$(RUN) benchmarks/startup.py
@@ -39,6 +40,12 @@ bench-tracking: $(VENV)/.bench
 
 bench-tune: $(VENV)/.extra
 	$(RUN) benchmarks/tune.py
+
+bench-emotion: $(VENV)/.extra
+	$(RUN) benchmarks/emotion.py
+
+bench-tables: $(VENV)/.extra    ## about two hours: three seeds of all recipes
+	$(RUN) benchmarks/tables.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'

@@ -28,8 +28,9 @@ from engine.settings import Settings, command_line, parse
 OnRound = Callable[[int, float], None]
 EVERY = 20
 """rounds between looks at the training rows, lines of steps.jsonl and calls of on_round"""
-EXPLAINED = 1000
-"""validation rows, over all folds, whose Shapley contributions are averaged"""
+EXPLAINED, WORK = 1000, 20_000_000
+"""validation rows, over all folds, whose Shapley contributions are averaged; fewer where rows x splits would be more than WORK, some
+5 seconds: thousands of large trees took several times as long to explain as to grow"""
 
 
 def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = None, trial: bool = False) -> dict[str, Any]:
@@ -184,8 +185,10 @@ def importance(run: Path, predictor: BoostPredictor, parts: list[Part]) -> tuple
     """importance.csv and .png: gain, splits and mean |Shapley contribution| (Lundberg & Lee, 2017), the mean of folds. Returns the table."""
     generator, found, data = np.random.default_rng(0), [], parts[0].data
     for booster, part in zip(predictor.boosters, parts, strict=True):
-        some = np.sort(generator.permutation(part.rows)[: max(1, EXPLAINED // len(parts))])
-        gain, split, shares = predictor.library.importances(booster, data.matrix[some])
+        gain, split = predictor.library.importances(booster)
+        count = min(EXPLAINED, WORK // max(1, int(split.sum()))) // len(parts)
+        some = np.sort(generator.permutation(part.rows)[: max(20, count)])
+        shares = predictor.library.contributions(booster, data.matrix[some])
         found.append([gain, split, np.abs(shares.reshape(len(some), -1, len(data.names) + 1)[..., :-1]).mean(axis=(0, 1))])
     means = np.mean(found, axis=0)
     order = np.lexsort([-means[0], -np.nan_to_num(means[2])])

@@ -24,7 +24,7 @@ from engine import checkpoint, config, evaluate, export, folder, metrics, proces
 from engine.boosting import BoostPredictor
 from engine.config import UserError
 
-BATCH = 1024
+BATCH = 1024  # rows in a batch at most, and at most four of the training's batches: a large model's activations must fit
 CHUNK = 65_536  # rows in memory at a time
 
 
@@ -41,6 +41,7 @@ class Predictor:
         export.load_weights(self.model, self.path)
         self.model.to(device)
         self.kind = metrics.kind_of(self.info.kind, self.model_file)
+        self.batch = min(BATCH, 4 * (self.settings.train.micro_batch or self.settings.train.batch_size))
 
     def scorer(self) -> evaluate.Scorer:
         return evaluate.Scorer(self.settings.task, self.info, self.model_file, self.device)
@@ -49,7 +50,7 @@ class Predictor:
         """Scores, predictions and targets of a labelled data set, in its order, the same on every rank."""
         scorer, kept = self.scorer(), []
         weights_of = getattr(dataset, "weights", None)
-        for first, output, batch in evaluate.outputs(self.model, dataset, BATCH, self.device):
+        for first, output, batch in evaluate.outputs(self.model, dataset, self.batch, self.device):
             scorer.add(output, batch, weights_of(batch["index"]) if weights_of else None)
             target = batch["target"]
             target = metrics.value(target, self.info) if self.info.kind == "regression" else target
@@ -60,11 +61,11 @@ class Predictor:
 
     def predict(self, dataset: Any, logits: bool, scorer: evaluate.Scorer | None) -> np.ndarray:
         """Probabilities (or logits) [n] or [n, classes], or values [n], in the rows' order, on every rank."""
-        kept = []
-        for first, output, batch in evaluate.outputs(self.model, dataset, BATCH, self.device):
+        kept, weights_of = [], getattr(dataset, "weights", None)
+        for first, output, batch in evaluate.outputs(self.model, dataset, self.batch, self.device):
             if scorer:
-                scorer.add(output, batch, None)
-            kept.append((first, (output.float() if logits else self.kind.predict(output, self.info)).cpu()))
+                scorer.add(output, batch, weights_of(batch["index"]) if weights_of else None)
+            kept.append((first, (output.float() if logits and self.info.labels else self.kind.predict(output, self.info)).cpu()))
         parts = sorted((part for share in process.gather(kept) for part in share), key=lambda part: part[0])
         return torch.cat([output for _, output in parts]).numpy()
 
@@ -82,6 +83,9 @@ def best_folder(path: Path) -> Path:
     """Raises UserError for a folder that is no run."""
     for candidate in (path / "best", path):
         if (candidate / "info.json").exists() and any(candidate.glob("model*.safetensors")):
+            missing = [name for name in export.INPUTS if not (candidate / name).exists()]
+            if missing:
+                raise UserError(f"{candidate}: has no {missing[0]}; copy the whole folder")
             return candidate
     if (path / "checkpoints").is_dir():
         raise UserError(f"{path}: the run has not ended, so there is no best/ yet; use --checkpoint step=… of {names(path)}")
@@ -116,11 +120,13 @@ def columns(predictor: Predictor, predictions: np.ndarray, logits: bool) -> dict
 
 def predict_file(predictor: Predictor, source: Path, target: Path | None, logits: bool) -> dict[str, float]:
     """Predict a file in chunks, write them as they come; returns the scores where the file has labels, else {}."""
-    scorer = None
+    scorer, named = None, getattr(predictor.settings.data, "id", "")
 
     def tables() -> Iterator[dict[str, Any]]:
         nonlocal scorer
-        for rows in predictor.read(source, CHUNK):
+        for number, rows in enumerate(predictor.read(source, CHUNK)):
+            if number == 0 and named and named not in rows.ids:
+                process.say(f"warning: {source}: has no column {named!r} (data.id); rows are numbered instead")
             scorer = scorer or (predictor.scorer() if rows.labelled else None)
             yield rows.ids | columns(predictor, predictor.predict(rows.dataset, logits, scorer), logits)
 
@@ -199,6 +205,10 @@ def main() -> None:
         raise UserError("--weights and --fit-weights: one finds what the other gives; take one of them")
     if options.input and not options.output:
         raise UserError("--input: needs --output FILE, such as predictions.csv")
+    if options.output and not options.input:
+        raise UserError("--output: is where the predictions of --input FILE go; --split only scores")
+    if options.input and options.output.exists() and options.input.exists() and options.output.samefile(options.input):
+        raise UserError(f"--output {options.output}: is the input itself; name another file")
     if options.output and options.output.suffix not in (".csv", ".parquet"):
         raise UserError(f"--output {options.output}: must end in .csv or .parquet")
     device = start_processes()

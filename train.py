@@ -82,7 +82,7 @@ def train(settings: Settings, splits: Splits | None = None, on_eval: OnEval | No
             more = "train.epochs or train.steps" if experiment.progress.step >= experiment.total_steps else "train.patience"
             process.say(f"{run}: finished at step {experiment.progress.step}; more {more} would go on from there")
             if (run / "result.json").exists():
-                return json.loads((run / "result.json").read_text())
+                return folder.read_result(run)
         tracker.start(experiment.progress.step, **asdict(plan), parameters=report.parameter_count(experiment.model.parameters()))
         fit(experiment, tracker, on_eval)
         return conclude(experiment, run, tracker) if run else {"best": experiment.best_scores, "step": experiment.progress.step}
@@ -94,12 +94,15 @@ def set_up(settings: Settings, run: Path | None, plan: Plan, accelerator: Any, s
     splits = splits or config.module("data", settings.data.name).load(settings.data, settings.task.kind)
     metrics.names(settings.task, splits.info, model_file)
     losses.build(settings.task, splits.info, model_file)
-    if run:
-        process.on_rank_zero(lambda: folder.write_inputs(run, splits.info, splits.preprocessing))
 
     order.seed_everything(settings.run.seed, "weights")
     with strategy.building(settings, plan):
         model = model_file.Model(settings.model, splits.info)
+    if run:
+        files = {**splits.files, **getattr(model, "files", {})}
+        process.on_rank_zero(lambda: folder.write_inputs(run, splits.info, splits.preprocessing, files))
+    if hasattr(model_file, "prepare"):
+        splits = model_file.prepare(model, splits, accelerator.device)
     optimizer = optim.build(model, settings, model_file)
     for line in [f"run folder {run}", *splits.notes, *report.parameter_lines(model)] if run else []:
         process.say(line)
@@ -108,6 +111,7 @@ def set_up(settings: Settings, run: Path | None, plan: Plan, accelerator: Any, s
 
     samples = min(settings.train.overfit or len(splits.train), len(splits.train))
     sequence = order.Order(splits.train, samples, settings.train.batch_size, plan, settings.run.seed)
+    progress.steps_per_epoch = sequence.steps_per_epoch
     total_steps = settings.train.steps or settings.train.epochs * sequence.steps_per_epoch
     loss_sum = torch.zeros((), device=accelerator.device)
     if len(progress.loss_sums) == plan.processes:
@@ -124,7 +128,7 @@ def fit(e: Experiment, tracker: tracking.Tracker, on_eval: OnEval | None) -> Non
     loss_of = losses.build(e.settings.task, e.info, e.model_file)
     batches = iter(order.loader(e.order, rank, progress.step, e.total_steps, train.workers))
     saver = checkpoint.Saver(e.run, (accelerator, e.wrapped, e.model, e.optimizer), train.keep_last, e.order.steps_per_epoch, progress.step)
-    agreement, clock = process.Agreement(), report.Clock(progress.step, train.batch_size)
+    agreement, clock = process.Agreement(), report.Clock(progress.step, train.batch_size, e.splits.train, e.model)
     with (
         process.StopRequest() as request,
         report.Journals(e.run, progress.step, e.total_steps, tracker) as journals,
@@ -227,7 +231,7 @@ def conclude(e: Experiment, run: Path, tracker: tracking.Tracker) -> dict[str, A
         lines = report.read_lines(run / "metrics.jsonl")
         best = next((line["valid"] for line in lines if line["step"] == step), {})
         result = {"best": best, split: scores, "step": step, "clock": lines[-1]["clock"] if lines else {}}
-        report.draw_curves(lines, *metrics.best_rule(e.settings.task, e.info, e.model_file), run / "curves.png")
+        report.draw_curves(lines, metrics.best_rule(e.settings.task, e.info, e.model_file)[1], step, run / "curves.png")
         picture = report.draw_predictions(e.info, predictions, target, run)
         folder.write_text(run / "result.json", json.dumps(result, indent=1))
         tracker.conclude(e.progress.step, result, [run / "curves.png", run / picture], report.prediction_table(e.info, predictions, target))

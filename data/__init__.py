@@ -35,6 +35,8 @@ class Info:
     """regression targets in a batch are (value - mean) / std; scores and predictions are in the target's own units"""
     more: dict[str, Any] = field(default_factory=dict)
     """what only one kind of data has: a vocabulary, the shape of an image"""
+    folder: str = ""
+    """where weights stand that the model is built for, in inference; empty in training"""
 
 
 @dataclass
@@ -46,9 +48,11 @@ class Splits:
     test: Dataset | None
     info: Info
     preprocessing: dict[str, Any]
-    """JSON: scales, vocabularies, label names; with it a new file is turned into the same tensors"""
+    """JSON: scales, vocabularies, label names; with it a new file is turned into the same tensors. read_rows finds in it "folder" too"""
     notes: list[str] = field(default_factory=list)
     """lines said at the start: rows a split, rows a class"""
+    files: dict[str, str] = field(default_factory=dict)
+    """texts that are kept as files of these names beside the weights: a tokenizer"""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pyarrow import compute, types
 
 from data import Info
 from data._files import Source
-from data.table import Config
+from data.table import Config, Files
 from engine.config import UserError, suggestion
 
 Sources = dict[str, Source]  # "train", and "valid" and "test" where they have files; rows are counted in this order
@@ -116,7 +116,7 @@ def holds_numbers(column: pa.ChunkedArray, where: str, spelt: bool) -> bool:
         return False
 
 
-def read_target(sources: Sources, config: Config, kind: str, notes: list[str]) -> tuple[np.ndarray, str, list[str]]:
+def read_target(sources: Sources, config: Files, kind: str, notes: list[str]) -> tuple[np.ndarray, str, list[str]]:
     """The target as int64 class numbers or float32 numbers, the task, and the names of the classes. Raises UserError."""
     values, words = read(sources, config.target, complete=True)
     found, name = np.unique(values), f"the target {config.target!r}"

@@ -1,4 +1,4 @@
-"""Rows of CSV and Parquet files, plain or compressed.
+"""Rows of CSV, Parquet and JSONL files, plain or compressed.
 
 A CSV is read as text throughout: what a column holds is decided once for the whole file, never batch by batch, so that
 "007" stays "007" where a column is a category, and training and prediction read alike.
@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
 from pyarrow.parquet import ParquetFile
 
 from engine.config import UserError
@@ -33,6 +34,7 @@ class Source:
     table: pa.Table | None = None  # all rows, where they are in memory
     separator: str = ""  # this and what follows is of a CSV
     encoding: str = ""
+    quote: str = '"'
     compression: str | None = None
     skip: int = 0  # lines before the rows: the header, and blank ones above it
 
@@ -42,12 +44,14 @@ class Source:
         with reading(self):
             if self.parquet:
                 reader: Any = self.parquet.iter_batches(rows, columns=names)
+            elif self.table is not None:
+                reader = self.table.select(names).to_batches(rows)
             else:
                 reader = pa_csv.open_csv(
                     pa.input_stream(str(self.path), compression=self.compression),
                     # A row may not be longer than a block.
                     pa_csv.ReadOptions(block_size=4 << 20, encoding=self.encoding, column_names=self.names, skip_rows_after_names=self.skip),
-                    pa_csv.ParseOptions(delimiter=self.separator, newlines_in_values=True),
+                    pa_csv.ParseOptions(delimiter=self.separator, quote_char=self.quote or False, newlines_in_values=bool(self.quote)),
                     pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), include_columns=names),
                 )
             for batch in reader:
@@ -64,7 +68,7 @@ class Source:
         return self.table.column(name)
 
 
-def open_source(path: Path, key: str, separator: str = "", encoding: str = "") -> Source:
+def open_source(path: Path, key: str, separator: str = "", encoding: str = "", quote: str = '"') -> Source:
     """Find out how to read a file. `key` is the setting that names it. Raises UserError."""
     where = f"{key} = {str(path)!r}"
     try:
@@ -72,12 +76,12 @@ def open_source(path: Path, key: str, separator: str = "", encoding: str = "") -
             start = file.read(8)
     except OSError as error:
         what = "is a folder" if path.is_dir() else str(error.strerror).lower()
-        raise UserError(f"{where}: {what}; name one CSV or Parquet file") from None
+        raise UserError(f"{where}: {what}; name one CSV, Parquet or JSONL file") from None
     for magic, what in FOREIGN.items():
         if start.startswith(magic):
             raise UserError(f"{where}: is {what}; unpack or save it as CSV or Parquet")
     compression = next((name for magic, name in COMPRESSION.items() if start.startswith(magic)), None)
-    source = Source(path, [], separator=separator, encoding=encoding, compression=compression)
+    source = Source(path, [], separator=separator, encoding=encoding, quote=quote, compression=compression)
     with reading(source):
         stream = pa.input_stream(str(path), compression=compression)
         sample = stream.read(1 << 20)
@@ -88,6 +92,11 @@ def open_source(path: Path, key: str, separator: str = "", encoding: str = "") -
             source.names = source.parquet.schema_arrow.names
         elif ".parquet" in path.suffixes:
             raise UserError(f"{where}: is not Parquet, whatever its name; write it again")
+        elif {".jsonl", ".ndjson"} & {*path.suffixes}:
+            if not sample.strip():
+                raise UserError(f"{path}: the file is empty; it needs an object a line")
+            source.table = pa_json.read_json(pa.input_stream(str(path), compression=compression))
+            source.names = source.table.column_names
         else:
             read_header(source, sample)
     repeated = [name for name in source.names if source.names.count(name) > 1]
@@ -111,15 +120,20 @@ def read_header(source: Source, sample: bytes) -> None:
         raise UserError(f"{source.path}: the file is empty; it needs a header and rows")
     lines = text.splitlines(keepends=True)
     blank = next(number for number, line in enumerate(lines) if line.strip())
-    source.separator = source.separator or max(",;\t|", key=lambda separator: fit(lines[blank : blank + 50], separator))
-    header = next(csv.reader(lines[blank:], delimiter=source.separator))
+    source.separator = source.separator or max(",;\t|", key=lambda separator: fit(lines[blank : blank + 50], separator, source.quote))
+    header = next(csv.reader(lines[blank:], **dialect(source.separator, source.quote)))
     source.names = [name.strip() or f"Unnamed: {position}" for position, name in enumerate(header)]
     source.skip = blank + 1
 
 
-def fit(lines: list[str], separator: str) -> tuple[float, int]:
+def dialect(separator: str, quote: str) -> dict[str, Any]:
+    """Arguments of csv.reader."""
+    return {"delimiter": separator, "quotechar": quote or None, "quoting": csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE}
+
+
+def fit(lines: list[str], separator: str, quote: str) -> tuple[float, int]:
     """How many of the first rows a separator cuts into as many fields as the header, quotes respected; and into how many."""
-    widths = [len(row) for row in csv.reader(lines, delimiter=separator) if row]
+    widths = [len(row) for row in csv.reader(lines, **dialect(separator, quote)) if row]
     return (round(widths.count(widths[0]) / len(widths), 1), widths[0]) if widths[0] > 1 else (0, 0)
 
 
@@ -133,7 +147,7 @@ def reading(source: Source) -> Iterator[None]:
         if isinstance(error, UnicodeError) or "UTF8" in said:
             said = f'is not {source.encoding} {bad_bytes(source)}; set data.encoding, such as "cp1252" or "euc_kr"'
         elif isinstance(error, csv.Error) or "CSV" in said or "straddling" in said:
-            remedy = f"check that row's quotes and separators (data.separator is {source.separator!r})"
+            remedy = f"check that row's quotes and separators (data.separator is {source.separator!r}, data.quote {source.quote!r})"
             said = f"{said.removeprefix('CSV parse error: ')}; {remedy}"
         else:
             said = f"damaged or cut off: {said}; copy or write the file again"

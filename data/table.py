@@ -21,21 +21,21 @@ from data._dataset import TableDataset, part_dataset, split_rows, undersample
 from engine.config import DataConfig, UserError, suggestion
 
 
-class Preparation(DataConfig):
-    """How any table is read, split, scaled and weighed."""
+class Parts(DataConfig):
+    """How the rows of files are read, split and weighed."""
 
     separator: Annotated[str, pydantic.BeforeValidator(lambda text: "\t" if text == "\\t" else text)] = Field("", max_length=1)
     """character between the fields of a CSV; empty: found among , ; | and tab"""
     encoding: str = ""
     """of a CSV, such as "cp1252"; empty: what its first bytes say, else UTF-8"""
+    quote: str = Field('"', max_length=1)
+    """character around a field of a CSV that holds separators or line breaks; empty: fields stand as they are, quotes too"""
     valid_fraction: float = Field(0.2, gt=0, lt=1)
     """share of the training file for validation, where valid is empty"""
     test_fraction: float | None = Field(None, ge=0, lt=1)
     """share of the training file for the test, where test is empty; 0 = no test; default: 0.2, or 0 where valid names a file"""
     split_seed: int = Field(0, ge=0)
     """seed of the split by fraction and of undersampling; run.seed leaves them alone"""
-    numeric_transform: Literal["standard", "quantile", "none"] = "standard"
-    """scale of numbers: mean 0 and deviation 1; a normal distribution by quantiles; as they are"""
     balance: Literal["none", "class_weights", "undersample"] = "none"
     """training classes of unequal size: weigh samples by rows / (classes x rows of the class), or drop rows of the larger ones"""
 
@@ -52,21 +52,17 @@ class Preparation(DataConfig):
         return self
 
 
-class Config(Preparation):
+class Files(Parts):
+    """What the rows of files are for, whatever they hold."""
+
     train: str
-    """CSV, TSV or Parquet file, plain or compressed (.gz, .bz2, .zst, .lz4)"""
+    """CSV, TSV, Parquet or JSONL (.jsonl) file, plain or compressed (.gz, .bz2, .zst, .lz4)"""
     valid: str = ""
     """validation file; empty: valid_fraction of the training file"""
     test: str = ""
     """test file; empty: test_fraction of the training file"""
     target: str
     """column to predict"""
-    drop: list[str] = []
-    """columns that are no features"""
-    categorical: list[str] = []
-    """columns of categories, read as text ("007" stays "007"); besides these, every column that holds a text is one"""
-    numeric: list[str] = []
-    """columns that must hold numbers; besides these, every column of which all values are numbers or missing is one"""
     id: str = ""
     """column copied to the predictions; never a feature"""
     group: str = ""
@@ -74,19 +70,56 @@ class Config(Preparation):
     weight: str = ""
     """column of sample weights, 0 or more; never a feature"""
 
+    def sources(self) -> dict[str, Any]:
+        """The files, opened (data._files.Source), by part. Raises UserError."""
+        from data._files import open_source  # pyarrow takes a while, which --help need not wait for
+
+        names = {"train": self.train, "valid": self.valid, "test": self.test}
+        form = (self.separator, self.encoding, self.quote)
+        return {part: open_source(self.path(name), f"data.{part}", *form) for part, name in names.items() if name}
+
+
+class Preparation(Parts):
+    numeric_transform: Literal["standard", "quantile", "none"] = "standard"
+    """scale of numbers: mean 0 and deviation 1; a normal distribution by quantiles; as they are"""
+
+
+class Config(Files, Preparation):
+    drop: list[str] = []
+    """columns that are no features"""
+    categorical: list[str] = []
+    """columns of categories, read as text ("007" stays "007"); besides these, every column that holds a text is one"""
+    numeric: list[str] = []
+    """columns that must hold numbers; besides these, every column of which all values are numbers or missing is one"""
+
 
 @dataclass
-class Table:
-    """Raw columns of all n rows, those of the training file first."""
+class Samples:
+    """What all n rows have, whatever their features; those of the training file come first."""
 
-    numeric: np.ndarray  # float32 [n, k], NaN where missing
-    categorical: np.ndarray  # int32 [n, c]: 0 where missing or unseen in training, else the position in the training vocabulary + 1
     target: np.ndarray  # int64 [n] class numbers, or float32 [n] in the target's own units
     rows: dict[str, np.ndarray]  # "train", "valid" and, where there is one, "test": int64 rows in ascending order
     weights: np.ndarray | None  # float32 [n] of the weight column
     groups: np.ndarray | None  # int32 [n]: equal numbers where the group column is equal
-    ids: Any  # pyarrow.ChunkedArray [n]: the id column as texts, or None
     info: Info
+
+    def part_weights(self, part: str, balance: str) -> Tensor | None:
+        """float32 [n]: the weight column, times those of the classes in training."""
+        weights, train = self.weights, self.rows["train"]
+        if part == "train" and balance == "class_weights":
+            counts = np.bincount(self.target[train])
+            by_class = (len(train) / (len(counts) * counts))[self.target].astype(np.float32)
+            weights = by_class if weights is None else by_class * weights
+        return None if weights is None else torch.from_numpy(weights)
+
+
+@dataclass
+class Table(Samples):
+    """Raw columns of all n rows."""
+
+    numeric: np.ndarray  # float32 [n, k], NaN where missing
+    categorical: np.ndarray  # int32 [n, c]: 0 where missing or unseen in training, else the position in the training vocabulary + 1
+    ids: Any  # pyarrow.ChunkedArray [n]: the id column as texts, or None
     preprocessing: dict[str, Any]  # JSON: what was learned from the training rows
     notes: list[str]
 
@@ -98,11 +131,7 @@ def load(config: Config, kind: str = "auto") -> Splits:
 
 def read(config: Config, kind: str = "auto") -> Table:
     """The raw columns. `kind` is "binary", "multiclass", "regression", or "auto": told from the target."""
-    from data._files import open_source  # pyarrow takes a while, which --help need not wait for
-
-    names = {"train": config.train, "valid": config.valid, "test": config.test}
-    form = (config.separator, config.encoding)
-    return assemble({part: open_source(config.path(name), f"data.{part}", *form) for part, name in names.items() if name}, config, kind)
+    return assemble(config.sources(), config, kind)
 
 
 def assemble(sources: dict[str, Any], config: Config, kind: str = "auto") -> Table:
@@ -113,12 +142,25 @@ def assemble(sources: dict[str, Any], config: Config, kind: str = "auto") -> Tab
 
     notes: list[str] = []
     names = _columns.choose(sources, config, notes)
+    samples = read_samples(sources, config, kind, notes)
+    ids = [chunk for source in sources.values() for chunk in source.column(config.id).cast(pa.string()).chunks] if config.id else None
+    numeric, categorical, learned = _columns.read_features(sources, names, config, len(samples.target), samples.rows["train"], notes)
+    categories = [len(words) + 1 for words in learned["vocabularies"].values()]
+    info = dataclasses.replace(samples.info, numeric=len(learned["numeric"]), categories=categories)
+    preprocessing = {"target": config.target, "id": config.id, "labels": info.labels, "separator": sources["train"].separator, **learned}
+    shared = {**vars(samples), "info": info}
+    return Table(**shared, numeric=numeric, categorical=categorical, ids=ids and pa.chunked_array(ids), preprocessing=preprocessing, notes=notes)
+
+
+def read_samples(sources: dict[str, Any], config: Files, kind: str, notes: list[str]) -> Samples:
+    """Targets, parts, weights and groups of opened files. Raises UserError."""
+    from data import _columns
+
     target, kind, labels = _columns.read_target(sources, config, kind, notes)
     groups = _columns.read(sources, config.group, "text", complete=True)[0].astype(np.int32) if config.group else None
     weights = _columns.read(sources, config.weight, "number", complete=True)[0].astype(np.float32) if config.weight else None
     if weights is not None and weights.min() < 0:
         raise UserError(f"data.weight = {config.weight!r}: holds a negative weight, {weights.min():g}; weights are 0 or more")
-    ids = [chunk for source in sources.values() for chunk in source.column(config.id).cast(pa.string()).chunks] if config.id else None
     files, start = {}, 0
     for part, source in sources.items():
         files[part] = np.arange(start, start := start + len(source.column(config.target)))
@@ -126,17 +168,13 @@ def assemble(sources: dict[str, Any], config: Config, kind: str = "auto") -> Tab
     trained = target[rows["train"]]
     if trained.min() == trained.max():
         value = labels[trained[0]] if labels else f"{trained[0]:g}"
-        raise UserError(f"data.target = {config.target!r}: is {value} in every training row, so there is nothing to learn")
-    numeric, categorical, learned = _columns.read_features(sources, names, config, len(target), rows["train"], notes)
-    categories = [len(words) + 1 for words in learned["vocabularies"].values()]
-    moments = () if labels else (float(trained.mean(dtype=np.float64)), float(trained.std(dtype=np.float64)))
-    info = Info(kind, 1 if kind in ("binary", "regression") else len(labels), labels, len(learned["numeric"]), categories, *moments)
-    preprocessing = {"target": config.target, "id": config.id, "labels": labels, "separator": sources["train"].separator, **learned}
-    return Table(numeric, categorical, target, rows, weights, groups, ids and pa.chunked_array(ids), info, preprocessing, notes)
+        raise UserError(f"data.target = {config.target!r}: is {value} in every training row, so there is nothing to learn; choose another column")
+    moments = {} if labels else {"target_mean": float(trained.mean(dtype=np.float64)), "target_std": float(trained.std(dtype=np.float64))}
+    return Samples(target, rows, weights, groups, Info(kind, 1 if kind in ("binary", "regression") else len(labels), labels, **moments))
 
 
 def part_rows(
-    rows: dict[str, np.ndarray], target: np.ndarray, labels: list[str], groups: np.ndarray | None, config: Config, notes: list[str]
+    rows: dict[str, np.ndarray], target: np.ndarray, labels: list[str], groups: np.ndarray | None, config: Parts, notes: list[str]
 ) -> dict[str, np.ndarray]:
     """Rows of each part, from those of each file. Raises UserError for labels that training lacks."""
     if shares := config.fractions():
@@ -167,12 +205,7 @@ def tensors(table: Table, config: Preparation) -> Splits:
     columns["target"] = batch_target(table.target, info)
     parts = {}
     for part, rows in table.rows.items():
-        weights = table.weights
-        if part == "train" and config.balance == "class_weights":
-            counts = np.bincount(table.target[train])
-            by_class = (len(train) / (len(counts) * counts))[table.target].astype(np.float32)
-            weights = by_class if weights is None else by_class * weights
-        parts[part] = part_dataset(columns, rows, None if weights is None else torch.from_numpy(weights))
+        parts[part] = part_dataset(columns, rows, table.part_weights(part, config.balance))
     return Splits(parts["train"], parts["valid"], parts.get("test"), info, preprocessing, table.notes)
 
 
@@ -197,7 +230,7 @@ def read_rows(path: str | Path, config: Preparation, preprocessing: dict[str, An
     """
     from data import _columns, _files
 
-    source = _files.open_source(Path(path), "--input", config.separator, config.encoding)
+    source = _files.open_source(Path(path), "--input", config.separator, config.encoding, config.quote)
     numeric, vocabularies, target, identity = (preprocessing[key] for key in ("numeric", "vocabularies", "target", "id"))
     for name in [*numeric, *vocabularies]:
         if name not in source.names:

@@ -236,13 +236,16 @@ class LightGBM(Library):
     def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False) -> np.ndarray:
         return booster.predict(matrix, raw_score=margin)
 
-    def importances(self, booster: Any, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Gain and splits [features], Shapley contributions [n, (features + 1) x outputs]."""
+    def importances(self, booster: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Gain and splits [features]."""
+        return booster.feature_importance("gain"), booster.feature_importance("split")
+
+    def contributions(self, booster: Any, matrix: np.ndarray) -> np.ndarray:
+        """Shapley contributions [n, (features + 1) x outputs]."""
         try:
-            shares = booster.predict(matrix, pred_contrib=True)
+            return booster.predict(matrix, pred_contrib=True)
         except self.error:  # linear trees have none
-            shares = np.full((len(matrix), len(self.names) + 1), np.nan)
-        return booster.feature_importance("gain"), booster.feature_importance("split"), shares
+            return np.full((len(matrix), len(self.names) + 1), np.nan)
 
 
 class XGBoost(Library):
@@ -288,11 +291,14 @@ class XGBoost(Library):
     def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False, **more: bool) -> np.ndarray:
         return booster.predict(self.module.DMatrix(matrix, **self.columns), output_margin=margin, **more)
 
-    def importances(self, booster: Any, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def importances(self, booster: Any) -> tuple[np.ndarray, np.ndarray]:
         """As LightGBM's."""
-        gain, splits = (booster.get_score(importance_type=kind) for kind in ("total_gain", "weight"))
-        shares = self.predict(booster, matrix, pred_contribs=True)
-        return *(np.array([found.get(name, 0) for name in self.names]) for found in (gain, splits)), shares
+        found = [booster.get_score(importance_type=kind) for kind in ("total_gain", "weight")]
+        return tuple(np.array([scores.get(name, 0) for name in self.names]) for scores in found)
+
+    def contributions(self, booster: Any, matrix: np.ndarray) -> np.ndarray:
+        """As LightGBM's."""
+        return self.predict(booster, matrix, pred_contribs=True)
 
 
 LIBRARIES = {library.package: library for library in (LightGBM, XGBoost)}

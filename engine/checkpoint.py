@@ -33,6 +33,8 @@ class Progress:
 
     step: int = 0
     """optimizer steps done"""
+    steps_per_epoch: int = 1
+    """of this run, for losses that change over epochs"""
     pinned: list[list[float]] = dataclasses.field(default_factory=list)
     """[score, step] of the best evaluations, best first: their checkpoints are kept"""
     evaluations_since_best: int = 0
@@ -40,6 +42,10 @@ class Progress:
     """each rank's sum of step losses since the last log line"""
     loss_steps: int = 0
     """how many they are"""
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
 
     def judge(self, score: float, direction: str, min_delta: float, keep_best: int) -> bool:
         """Take in an evaluation's deciding score; whether it is the best so far. A score that is not finite never is."""
@@ -123,6 +129,7 @@ class Saver:
             "sharded": bool(captured.shapes),
             "shapes": captured.shapes,
             "aliases": state.aliases(self.parts[2]),
+            "moments": state.moments_form(self.parts[3]),
             "scaler": captured.scaler,
         }
         self.target = self.folder / folder_name(progress.step, self.steps_per_epoch)
@@ -265,12 +272,11 @@ def resume(run: Path, accelerator: Any, wrapped: Any, model: Any, optimizer: Any
     if folder is None:
         return Progress()
     manifest = read_manifest(folder)
-    tensors = stored(folder, manifest)
-    names = {name for name, _ in model.named_parameters()} | set(state.buffers(model))
-    saved = {name for name in tensors.places if not name.startswith("optim.")}
-    if names != saved:
-        different = sorted(names ^ saved)[0]
-        raise UserError(f"{folder}: it is of another model (it differs at {different}); set run.dir to another folder")
+    there, now = manifest["moments"], state.moments_form(optimizer)
+    if there != now:
+        process.say(f"the moments of {there} are left behind: the optimizer is now {now}")
+    tensors = stored(folder, manifest, ("model", "optim") if there == now else ("model",))
+    refuse_other_models(run, folder, tensors, model)
     form, now = (manifest["sharded"], manifest["processes"]), (state.zero_stage(wrapped) == 3, process.world_size())
     if form != now:
         process.say(f"converted {folder.name} from {form_name(*form)} to {form_name(*now)}")
@@ -280,6 +286,21 @@ def resume(run: Path, accelerator: Any, wrapped: Any, model: Any, optimizer: Any
         progress.loss_sums = [sum(progress.loss_sums) / max(1, len(progress.loss_sums))] * process.world_size()
     process.say(f"resumed {folder} at step {progress.step}")
     return progress
+
+
+def refuse_other_models(run: Path, folder: Path, tensors: StoredTensors, model: Any) -> None:
+    """Raises UserError where names or shapes differ. What run.resume has just brought into a fresh folder is put aside then."""
+    wanted = {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in [*model.named_parameters(), *state.buffers(model).items()]}
+    wanted = {name: list(shape) for name, shape in wanted.items()}
+    saved = {name: list(tensors.spec(name)[1]) for name in tensors.places if not name.startswith("optim.")}
+    different = sorted(name for name in wanted.keys() | saved if wanted.get(name) != saved.get(name))
+    if not different:
+        return
+    shapes = f"{different[0]} is {saved.get(different[0], 'missing')} there, {wanted.get(different[0], 'missing')} here"
+    if not (run / "tracker.json").exists() and process.rank() == 0:  # no step was made here
+        shutil.rmtree(run / "refused", ignore_errors=True)
+        os.rename(run / "checkpoints", run / "refused")
+    raise UserError(f"{folder}: it is of another model ({shapes}); give the settings of that model, or another run.dir or run.resume")
 
 
 def form_name(sharded: bool, processes: int) -> str:

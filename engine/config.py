@@ -94,7 +94,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --config takes a TOML such as conf/digits.toml") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}; --config takes a TOML such as conf/digits.toml") from None
 
 
 def merge(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores of a data set, or of the rows with these indices."""
     weights_of = getattr(dataset, "weights", None)
+    if (lengths := getattr(dataset, "lengths", None)) is not None:  # the order is free here, and padding costs
+        indices = torch.arange(len(dataset)) if indices is None else indices
+        indices = indices[lengths[indices].argsort(stable=True)]
     for _, output, batch in outputs(model, dataset, batch_size, scorer.device, indices):
         scorer.add(output, batch, weights_of(batch["index"]) if weights_of else None, progress)
     return scorer.compute()

@@ -1,6 +1,7 @@
 """Weights for inference: streamed out of a checkpoint into plain safetensors, and loaded back strictly."""
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -12,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from engine import checkpoint, state
-from engine.config import UserError, read_toml
+from engine import checkpoint, config, process, settings, state
+from engine.config import UserError
 from engine.settings import byte_count
 from engine.tensors import TensorWriter, nbytes
 
@@ -21,13 +22,17 @@ INPUTS = ("config.toml", "info.json", "preprocessing.json")
 INDEX = "model.safetensors.index.json"
 
 
-def consolidate(source: Path, output: Path, max_shard: int, dtype: torch.dtype | None = None) -> None:
-    """Write a checkpoint's weights whole, in files of at most max_shard bytes: one tensor is in memory at a time."""
+def consolidate(source: Path, output: Path, max_shard: int, dtype: torch.dtype | None = None, exported: Any = None) -> None:
+    """Write a checkpoint's weights whole, in files of at most max_shard bytes: one tensor is in memory at a time.
+
+    `exported(names)` is what a model makes of its own names: {name in the files: (names here, function of their tensors)}.
+    """
     manifest = checkpoint.read_manifest(source)
     tensors = checkpoint.stored(source, manifest, ("model",))
+    made = exported(list(tensors.places)) if exported else {name: ([name], lambda tensor: tensor) for name in tensors.places}
     specs = {}
-    for name in tensors.places:
-        kept, shape = tensors.spec(name)
+    for name, (parts, _) in made.items():
+        kept, shape = tensors.spec(parts[0])
         specs[name] = (dtype if dtype and kept.is_floating_point else kept, shape)
     shards: list[list[str]] = [[]]
     size = 0
@@ -44,7 +49,8 @@ def consolidate(source: Path, output: Path, max_shard: int, dtype: torch.dtype |
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         writer = TensorWriter(output / file, {name: specs[name] for name in names}, metadata)
         for name in names:
-            writer.write(name, tensors.full(name).to(specs[name][0]))
+            parts, function = made[name]
+            writer.write(name, function(*map(tensors.full, parts)).to(specs[name][0]))
         writer.close()
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -57,9 +63,11 @@ def export(run: Path, source: Path, output: Path, max_shard: int, dtype: torch.d
     aside = output.with_name(f".tmp-{output.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    consolidate(source, aside, max_shard, dtype)
-    for name in INPUTS:
-        shutil.copy(run / name, aside / name)
+    chosen = settings.parse([run / "config.toml"]).model
+    exported = getattr(config.module("models", chosen.name), "exported", None)
+    consolidate(source, aside, max_shard, dtype, exported and functools.partial(exported, chosen))
+    for path in [*(run / name for name in INPUTS), *(run / "files").glob("*")]:
+        shutil.copy(path, aside / path.name)
     (aside / "step.json").write_text(json.dumps({"step": checkpoint.step_of(source)}))
     shutil.rmtree(output, ignore_errors=True)
     os.rename(aside, output)
@@ -69,8 +77,13 @@ def export(run: Path, source: Path, output: Path, max_shard: int, dtype: torch.d
 def export_best(run: Path, progress: Any, train: Any) -> Path | None:
     """Point best/ at the export of the best checkpoint there is. None where no checkpoint is whole."""
     by_step = {checkpoint.step_of(path): path for path in checkpoint.folders(run)}
-    wanted = [by_step[int(step)] for _, step in progress.pinned if int(step) in by_step] or list(by_step.values())
-    source = next((path for path in wanted if checkpoint.problem(path) is None), None)
+    pinned = [by_step[int(step)] for _, step in progress.pinned if int(step) in by_step]
+    source = None
+    for path in dict.fromkeys([*pinned, *by_step.values()]):
+        if (reason := checkpoint.problem(path)) is None:
+            source = path
+            break
+        process.say(f"skipped {path} for best/: {reason}")
     if source is None:
         return None
     name = f"best-{checkpoint.step_of(source)}"
@@ -95,18 +108,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Strict, one tensor at a time. Raises UserError where names or shapes differ."""
+    """Strict, one tensor at a time. Raises UserError where names or shapes differ. The files' names lack `model.prefix`."""
     wanted = {**dict(model.named_parameters()), **state.buffers(model)}
+    wanted = {name.removeprefix(getattr(model, "prefix", "")): tensor for name, tensor in wanted.items()}
     missing = set(wanted)
     with torch.no_grad():
         for path in weight_files(folder):
             try:
                 file = safe_open(path, framework="pt")
-            except (OSError, Exception) as error:  # safetensors raises its own, unrelated class for a torn file
+            except Exception as error:  # safetensors raises its own, unrelated class for a torn file
                 raise UserError(f"{path}: cannot be read: {error}") from None
             for name in file.keys():
                 if name not in wanted or list(file.get_slice(name).get_shape()) != list(wanted[name].shape):
-                    raise UserError(f"{path}: {name} does not fit the model of {folder}/config.toml; was models/ edited since?")
+                    raise UserError(f"{path}: {name} does not fit the model of {folder}/config.toml; was models/ edited since, or an override given?")
                 wanted[name].copy_(file.get_tensor(name))
                 missing.discard(name)
     if missing:
@@ -152,6 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         raise UserError(f"--max-shard {options.max_shard}: {error}") from None
     run = source.resolve().parent.parent
-    read_toml(run / "config.toml")  # an export without its settings could not be predicted with
-    export(run, source, options.output, size, torch.bfloat16 if options.dtype == "bf16" else None)
+    for name in INPUTS:  # an export without them could not be predicted with
+        if not (run / name).is_file():
+            raise UserError(f"{source}: {run}/{name} is missing; leave the checkpoint in its run folder")
+    try:
+        export(run, source, options.output, size, torch.bfloat16 if options.dtype == "bf16" else None)
+    except OSError as error:
+        raise UserError(f"--output {options.output}: cannot be written: {error.strerror or error}") from None
     print(f"{source} -> {options.output}")

@@ -40,13 +40,18 @@ def refuse_others(run: Path, settings: Settings, script: str) -> None:
     if settings.run.resume == "never":
         raise UserError(f'{run}: it holds a run already; run.resume = "never" refuses it: set run.dir to another folder')
     try:
-        before = tracking.result_values(tomli.loads((run / "config.toml").read_text()), settings, script)
+        values = tomli.loads((run / "config.toml").read_text())
+        before = tracking.result_values(values, settings, script)
     except (tomli.TOMLDecodeError, UnicodeDecodeError):
         raise UserError(f"{run}/config.toml: it is torn; move the folder aside or set run.dir to another") from None
     now = tracking.result_values(settings.values(), settings, script)
     changed = [f"{key} = {before.get(key)!r} there, {now.get(key)!r} here" for key in sorted(before.keys() | now) if before.get(key) != now.get(key)]
     if changed:
         raise UserError(f"{run}: it holds a run of another config ({'; '.join(changed)}); set run.dir to another folder")
+    source = settings.run.resume
+    # The same command again goes on; so does a path to the folder itself.
+    if source not in ("auto", values["run"].get("resume")) and Path(source).resolve() != run.resolve():
+        raise UserError(f"{run}: it holds a run already; run.resume = {source!r} begins another from there: set run.dir to a new folder")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,20 +64,35 @@ def write_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def write_inputs(run: Path, info: Any, preprocessing: dict[str, Any]) -> None:
-    """What was learned from the training data, in JSON: with it and the weights a new file can be predicted."""
+def write_inputs(run: Path, info: Any, preprocessing: dict[str, Any], files: dict[str, str] = {}) -> None:
+    """What was learned from the training data, in JSON: with it and the weights a new file can be predicted.
+
+    `files`, texts by name (a tokenizer, a transformers config), stand in files/ and come into best/ under these names.
+    """
     write_text(run / "info.json", json.dumps(dataclasses.asdict(info), indent=1))
     write_text(run / "preprocessing.json", json.dumps(preprocessing))
+    for name, text in files.items():
+        (run / "files").mkdir(exist_ok=True)
+        write_text(run / "files" / name, text)
 
 
 def read_info(folder: Path) -> Any:
-    """The data's Info as an object with the same attributes."""
-    return types.SimpleNamespace(**json.loads((folder / "info.json").read_text()))
+    """The data's Info as an object with the same attributes, and the folder it stands in."""
+    return types.SimpleNamespace(**read_json(folder / "info.json") | {"folder": str(folder)})
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    return json.loads((run / "result.json").read_text())
+    return read_json(run / "result.json")
 
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "preprocessing.json").read_text())
+    return read_json(folder / "preprocessing.json") | {"folder": str(folder)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError for a file that is not there or torn."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "torn"
+        raise UserError(f"{path}: {reason}; copy the whole folder again, or train again") from None

@@ -74,8 +74,8 @@ def build(model: nn.Module, settings: Settings, model_file: Any) -> torch.optim.
         groups = [{"params": group["params"]} for group in groups]
     try:
         return factory(groups, lr=optim.lr, **options)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"optim.name = {optim.name!r}, optim.options = {optim.options}: {error}") from None
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        raise UserError(f"optim.name = {optim.name!r}, optim.options = {optim.options}: refused: {error}") from None
 
 
 def torch_optimizer(name: str) -> Any:

@@ -18,6 +18,7 @@ from engine import process
 from engine.settings import Plan
 
 Slice = tuple[torch.Tensor, torch.Tensor]
+WINDOW = 50  # batches among which samples of similar length meet: the larger, the less padding and the less chance
 
 
 def seed_of(*parts: int | str) -> int:
@@ -49,12 +50,11 @@ class Order:
         return math.ceil(self.samples / self.batch_size)
 
     def permutation(self, epoch: int) -> torch.Tensor:
-        """Indices of an epoch, [samples]. A data set that batches by length and the like has an `order` of its own."""
+        """Indices of an epoch, [samples]: at random, or where the data set has `lengths`, int [len], in batches of similar length."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
-        own = getattr(self.dataset, "order", None)
-        if own is not None and self.samples == len(self.dataset):
-            return own(self.batch_size, generator)
-        return torch.randperm(self.samples, generator=generator)
+        lengths = getattr(self.dataset, "lengths", None)
+        permutation = torch.randperm(self.samples, generator=generator)
+        return permutation if lengths is None else by_length(permutation, lengths, self.batch_size, generator)
 
     def batches(self, rank: int, first_step: int, last_step: int) -> Iterator[Slice]:
         """(positions [micro], loss factors [micro]) of every micro-step from first_step up to last_step.
@@ -90,6 +90,14 @@ class Order:
         total = float(weights.sum(dtype=torch.float64))
         scale = self.plan.processes * self.plan.accumulation / total if total else 0.0
         return filled, torch.cat([weights.float() * scale, torch.zeros(missing)])
+
+
+def by_length(permutation: torch.Tensor, lengths: torch.Tensor, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    """The permutation with each WINDOW batches of it sorted by length, then the batches shuffled. A short last batch stays the last."""
+    windows = [window[lengths[window].argsort(stable=True)] for window in permutation.split(WINDOW * batch_size)]
+    batches = torch.cat(windows).split(batch_size)
+    whole = len(permutation) // batch_size
+    return torch.cat([*(batches[place] for place in torch.randperm(whole, generator=generator).tolist()), *batches[whole:]])
 
 
 class BatchSampler:

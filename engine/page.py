@@ -114,7 +114,12 @@ def spark(curves: Sequence[Sequence[float]], width: int = 110, height: int = 26)
 def write(folder: Path) -> None:
     """report.html of one run, from what lies in its folder."""
     run = Run(folder)
-    facts = ["finished" if run.result else "unfinished", f"step {run.step:,}" if run.step else "", duration(run.seconds), run.commit]
+    facts = [
+        "finished" if run.result else "unfinished",
+        f"{'best at ' if run.result else ''}step {run.step:,}" if run.step else "",
+        duration(run.seconds),
+        run.commit,
+    ]
     body = [f'<p class="dim">{text(run.model)} · {text(run.data)} · {text(run.strategy)}</p><h1>{text(run.name)}</h1>']
     body.append(f'<p class="dim">{" · ".join(text(fact) for fact in facts if fact)}</p>')
     found = {title: run.result[part] for part, title in PARTS.items() if run.result.get(part)}
@@ -136,6 +141,15 @@ def write(folder: Path) -> None:
     nested = {key: ", ".join(f"{name} {part}" for name, part in value.items()) for key, value in run.record.items() if isinstance(value, dict)}
     body.append(f"</div><h2>Origin</h2>{pairs((run.record | nested).items())}")
     (folder / "report.html").write_text(document(f"{run.model} on {run.data}", body))
+
+
+def read(folder: Path) -> Run | None:
+    """None, and a line that says so, for a run with a torn file: the others still have their table."""
+    try:
+        return Run(folder)
+    except (ValueError, LookupError) as error:
+        print(f"skipped {folder}: {error}", file=sys.stderr)
+        return None
 
 
 def run_folders(root: Path) -> list[Path]:
@@ -170,7 +184,7 @@ def main() -> None:
     root = Path(sys.argv[1])
     for folder in run_folders(root):
         page, parts = folder / "report.html", [folder / name for name in ("config.toml", "metrics.jsonl", "result.json", "tracker.json")]
-        if not page.exists() or any(part.exists() and part.stat().st_mtime > page.stat().st_mtime for part in parts):
+        if (not page.exists() or any(part.exists() and part.stat().st_mtime > page.stat().st_mtime for part in parts)) and read(folder):
             write(folder)
-    index(root, [Run(folder) for folder in run_folders(root)])
+    index(root, [run for folder in run_folders(root) if (run := read(folder))])
     print(root / "index.html")

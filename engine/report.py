@@ -17,6 +17,9 @@ from torch import nn
 
 from engine import process
 
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12, "V100": 125e12, "4090": 165e12}
+"""16-bit floating-point operations a second, dense, of devices by a part of their names"""
+
 
 class Journal:
     """A file of one JSON object a line, cut back to a step when a run resumes, so that no line stands twice."""
@@ -68,8 +71,9 @@ def history(run: Path, step: int) -> list[dict[str, Any]]:
 class Clock:
     """Seconds and rates for the "clock" objects; time spent in `paused` counts as no training."""
 
-    def __init__(self, step: int, batch_size: int):
+    def __init__(self, step: int, batch_size: int, dataset: Any = None, model: Any = None):
         self.batch_size = batch_size
+        self.tokens, self.flops = getattr(dataset, "tokens_per_sample", 0), getattr(model, "flops_per_token", 0)
         self.begun = time.perf_counter()
         self.restart(step)
 
@@ -83,12 +87,21 @@ class Clock:
         self.pause += time.perf_counter() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """Seconds since the start; seconds a step and samples a second of training since `restart`; the peak of memory in 2**20 bytes."""
+        """Seconds since the start; seconds a step and samples a second of training since `restart`; the peak of memory in 2**20 bytes.
+
+        Where samples are of `tokens_per_sample` tokens, also these a second, and where the model has `flops_per_token` and the device
+        is a known one, the share of its peak that they are (model FLOPs utilisation).
+        """
         now = time.perf_counter()
         each = max(1e-9, now - self.since - self.pause) / max(1, step - self.step)
         cuda = torch.cuda.is_available()
         memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         rates = {"samples_per_second": round(self.batch_size / each, 1), "step_seconds": round(each, 6), "memory_mb": round(memory, 1)}
+        if self.tokens:
+            rates["tokens_per_second"] = round(self.batch_size * self.tokens / each, 1)
+        peak = next((peak for name, peak in PEAK.items() if cuda and name in torch.cuda.get_device_name()), 0.0)
+        if self.tokens and self.flops and peak:
+            rates["flops_utilisation"] = round(rates["tokens_per_second"] * self.flops / peak / process.world_size(), 4)
         return {"seconds": round(now - self.begun, 3)} | rates
 
 
@@ -187,8 +200,8 @@ def figure(width: float = 7, height: float = 4) -> tuple[Any, Any]:
     return drawing, drawing.add_subplot()
 
 
-def draw_curves(lines: Sequence[dict[str, Any]], direction: str, score: str, path: Path) -> None:
-    """Loss and the score that decides, training beside validation, over epochs."""
+def draw_curves(lines: Sequence[dict[str, Any]], score: str, best: int, path: Path) -> None:
+    """Loss and the score that decides, training beside validation, over epochs; a circle at the evaluation of step `best`."""
     names = ["loss"] if score == "loss" else ["loss", score]
     drawing, _ = figure(6 * len(names), 4)
     drawing.clear()
@@ -196,10 +209,8 @@ def draw_curves(lines: Sequence[dict[str, Any]], direction: str, score: str, pat
     for axis, name in zip(np.atleast_1d(drawing.subplots(1, len(names))), names, strict=True):
         for split, style in (("train", "--"), ("valid", "-")):
             axis.plot(epochs, [line[split].get(name) for line in lines], style, marker=".", label=split)
-        values = np.array([line["valid"][name] for line in lines])
-        falls = values if name == "loss" or direction == "min" else -values
-        place = np.where(np.isnan(falls), np.inf, falls).argmin()
-        axis.plot(epochs[place], values[place], "o", mfc="none", ms=12, color="C1", label=f"best {values[place]:.4g}")
+        for line in (line for line in lines if line["step"] == best):
+            axis.plot(line["epoch"], line["valid"][name], "o", mfc="none", ms=12, color="C1", label=f"exported {line['valid'][name]:.4g}")
         axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
         axis.legend()
@@ -242,15 +253,26 @@ def draw_residuals(predictions: np.ndarray, target: np.ndarray, path: Path) -> N
     drawing.savefig(path)
 
 
+def draw_spread(predictions: np.ndarray, path: Path) -> None:
+    """How predictions spread, of a kind of task that a model brings."""
+    drawing, axis = figure()
+    axis.hist(predictions.ravel(), bins=60)
+    axis.set(xlabel="prediction", ylabel="samples")
+    drawing.savefig(path)
+
+
 def draw_predictions(info: Any, predictions: np.ndarray, target: np.ndarray, run: Path) -> str:
-    """confusion.png or residuals.png, by the kind of task. `predictions` are probabilities or values. Returns its name."""
+    """confusion.png, residuals.png or predictions.png, by the kind of task. `predictions` are probabilities or values. Returns its name."""
     if info.kind == "binary":
         draw_confusion((predictions > 0.5).astype(int), target.astype(int), info.labels, run / "confusion.png")
     elif predictions.ndim == 2 and info.labels:
         draw_confusion(predictions.argmax(1), target.astype(int), info.labels, run / "confusion.png")
-    else:
+    elif info.kind == "regression":
         draw_residuals(predictions, target, run / "residuals.png")
         return "residuals.png"
+    else:
+        draw_spread(predictions, run / "predictions.png")
+        return "predictions.png"
     return "confusion.png"
 
 

@@ -285,6 +285,8 @@ def from_values(values: dict[str, Any], default_label: str = "") -> Settings:
     data, model = sections["data"], sections["model"]
     data = data.model_copy(update={"root": config.data_root(data.root), "label": data.label or default_label or data.name})
     pretrained = Path(getattr(model, "pretrained", "")).name
+    if pretrained and getattr(data, "tokenizer", "") == "auto":
+        data = data.model_copy(update={"tokenizer": model.pretrained})
     sections |= {"data": data, "model": model.model_copy(update={"label": model.label or pretrained or model.name})}
     return Settings(**sections)
 

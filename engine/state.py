@@ -28,6 +28,14 @@ class State:
     """the fp16 loss scale"""
 
 
+def moments_form(optimizer: Any) -> str:
+    """What moments an optimizer keeps: one of the same form goes on with them. All Adams keep the same."""
+    inner = optimizer.optimizer
+    inner = inner if isinstance(inner, torch.optim.Optimizer) else inner.optimizer  # ZeRO's own is around it
+    name = {"AdamW": "Adam", "FusedAdam": "Adam", "DeepSpeedCPUAdam": "Adam"}.get(type(inner).__name__, type(inner).__name__)
+    return " with ".join([name, *(flag for flag in ("amsgrad", "centered", "momentum") if inner.defaults.get(flag))])
+
+
 def zero_stage(model: Any) -> int:
     return model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else 0
 

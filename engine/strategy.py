@@ -4,8 +4,8 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -137,10 +137,25 @@ def deep_merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def building(settings: Settings, plan: Plan) -> Any:
-    """Context in which the model is built: under strategy.sharded_init each rank keeps only its share of every weight."""
+@contextmanager
+def building(settings: Settings, plan: Plan) -> Iterator[None]:
+    """In it the model is built: under strategy.sharded_init each rank keeps only its share of every weight."""
     if not settings.strategy.sharded_init:
-        return nullcontext()
+        build_whole(settings)
+    with sharded(settings, plan) if settings.strategy.sharded_init else nullcontext():
+        yield
+    build_whole(settings)
+
+
+def build_whole(settings: Settings) -> None:
+    """Accelerate told transformers of ZeRO-3, which then shards every model that it makes in this process: also one for inference."""
+    if uses_zero(settings):
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
+def sharded(settings: Settings, plan: Plan) -> Any:
     if not settings.strategy.name.startswith("zero3"):
         raise UserError(f'strategy.sharded_init = true: needs strategy.name = "zero3" or "zero3-offload", not "{settings.strategy.name}"')
     import deepspeed

@@ -43,9 +43,10 @@ class Model(nn.Module):
     def __init__(self, config: Config, info: Info) -> None:
         super().__init__()
         try:
+            import rtdl_num_embeddings  # noqa: F401
             from tabm import TabM
-        except ImportError:
-            raise UserError('model.name = "tabm": needs the packages of requirements-extra.txt: pip install tabm') from None
+        except ImportError as error:
+            raise UserError(f'model.name = "tabm": needs the packages of requirements-extra.txt: pip install {error.name}') from None
         if not info.numeric and not info.categories:
             raise UserError('model.name = "tabm": the data has neither numbers nor categories; choose a model made for it')
         self.kind = info.kind
@@ -105,8 +106,7 @@ def number_embeddings(config: Config, info: Info) -> nn.Module | None:
 
 def bce(output: Tensor, batch: dict[str, Tensor], progress: Any, *, label_smoothing: float = 0.0) -> Tensor:
     target = batch["target"] * (1 - label_smoothing) + 0.5 * label_smoothing
-    values = F.binary_cross_entropy_with_logits(output.float(), spread(target, output), reduction="none")
-    return values.flatten(1).mean(1) if values.dim() > 1 else values
+    return mean_of_members(F.binary_cross_entropy_with_logits(output.float(), spread(target, output), reduction="none"))
 
 
 def cross_entropy(output: Tensor, batch: dict[str, Tensor], progress: Any, *, label_smoothing: float = 0.0) -> Tensor:
@@ -118,9 +118,20 @@ def cross_entropy(output: Tensor, batch: dict[str, Tensor], progress: Any, *, la
 
 
 def mse(output: Tensor, batch: dict[str, Tensor], progress: Any) -> Tensor:
-    values = (output.float() - spread(batch["target"], output)) ** 2
-    return values.flatten(1).mean(1) if values.dim() > 1 else values
+    return mean_of_members(F.mse_loss(output.float(), spread(batch["target"], output), reduction="none"))
+
+
+def huber(output: Tensor, batch: dict[str, Tensor], progress: Any, *, delta: float = 1.0) -> Tensor:
+    return mean_of_members(F.huber_loss(output.float(), spread(batch["target"], output), reduction="none", delta=delta))
+
+
+def l1(output: Tensor, batch: dict[str, Tensor], progress: Any) -> Tensor:
+    return mean_of_members(F.l1_loss(output.float(), spread(batch["target"], output), reduction="none"))
 
 
 def spread(target: Tensor, output: Tensor) -> Tensor:
     return target[:, None].expand_as(output) if output.dim() > 1 else target
+
+
+def mean_of_members(values: Tensor) -> Tensor:
+    return values.mean(1) if values.dim() > 1 else values

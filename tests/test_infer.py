@@ -182,6 +182,17 @@ def test_two_processes_write_the_same_bytes(folder, tmp_path, large):
     assert said.count("large.csv: loss") == said.count("predictions ") == 1
 
 
+@pytest.mark.slow
+def test_accelerate_launch_writes_the_same_bytes(folder, tmp_path, large):
+    words = ["binary", "--input", "large.csv", "--output", str(tmp_path / "out.csv")]
+    launcher = [*commands.ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port=0"]
+    end = commands.run("infer.py", *words, folder=folder, launcher=launcher)
+    assert end.status == 0, end.text
+    alone = [tmp_path / "alone.csv" if word.endswith("out.csv") else word for word in words]
+    assert commands.run("infer.py", *alone, folder=folder).status == 0
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "alone.csv").read_bytes()
+
+
 def test_two_processes_predict_fewer_rows_than_they_are(folder, tmp_path):
     table("binary", 1, seed=4).to_csv(folder / "single.csv", index=False)
     launch.run("binary", "--input", "single.csv", "--output", tmp_path / "out.csv", log=tmp_path / "log", processes=2, folder=folder, script=INFER)

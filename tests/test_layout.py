@@ -38,8 +38,8 @@ def test_engine_imports_engine_alone(path):
 
 
 @pytest.mark.parametrize("path", files("models") + files("data"), ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_models_and_data_import_the_settings_and_each_other(path):
-    assert {name for name in imported(path) if name.split(".")[0] not in ("models", "data")} <= {"engine.config"}
+def test_models_and_data_import_the_settings_the_kinds_of_tasks_and_each_other(path):
+    assert {name for name in imported(path) if name.split(".")[0] not in ("models", "data")} <= {"engine.config", "engine.metrics"}
 
 
 def test_infer_imports_no_script():

@@ -65,6 +65,7 @@ TRAIN = {
     "unknown optimizer": ("optim.name=adamw", "optim.name", "did you mean AdamW?"),
     "unknown optimizer option": ("optim.options.beta=1", "optim.options.beta", "did you mean betas?"),
     "refused optimizer option": ("optim.options.betas=[2.0,1.0]", "optim.options", "beta"),
+    "too few values of an optimizer option": ("optim.options.betas=[0.9]", "optim.options", "refused"),
     "no override": ("train.steps", "'train.steps'", "section.key=value"),
     "wrong type": ("train.steps=many", "train.steps", "'many'", "int"),
     "batch 0": ("train.batch_size=0", "train.batch_size = 0", "greater than 0"),
@@ -90,6 +91,10 @@ INFER = {
     "no output": ("run --input good.csv", "--output"),
     "an output of unknown kind": ("run --input good.csv --output out.xlsx", "out.xlsx", ".parquet"),
     "an output that cannot be written": ("run --input good.csv --output gone/out.csv", "gone/out.csv", "--output"),
+    "an output that is the input": ("run --input good.csv --output good.csv", "good.csv", "the input itself"),
+    "an output of a score": ("run --split test --output out.csv", "--output", "--input"),
+    "best without its preprocessing": ("incomplete --input good.csv --output out.csv", "preprocessing.json", "copy the whole folder"),
+    "torn info": ("torn_info --split test", "info.json", "torn"),
     "an output below a file": ("run --input good.csv --output good.csv/out.csv", "good.csv/out.csv", "--output"),
     "an output that is a folder": ("run --input good.csv --output folder.csv", "folder.csv", "--output"),
     "a missing file to predict": ("run --input gone.csv --output out.csv", "gone.csv", "no such file"),
@@ -138,6 +143,10 @@ def folder(tmp_path_factory) -> Path:
     assert end.status == 0, end.text
     shutil.copytree(folder / "run/best", folder / "torn")
     os.truncate(folder / "torn/model.safetensors", 100)
+    shutil.copytree(folder / "run/best", folder / "torn_info")
+    os.truncate(folder / "torn_info/info.json", 20)
+    shutil.copytree(folder / "run/best", folder / "incomplete")
+    (folder / "incomplete/preprocessing.json").unlink()
     return folder
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import launch
 from commands import ROOT
-from engine import checkpoint, export
+from engine import checkpoint, export, settings
 from soak import KINDS, Kind, differences, soak, whole
 
 ONE, DDP, ZERO3 = KINDS
@@ -229,6 +229,46 @@ def test_resume_from_another_run(one, tmp_path):
         assert f"at step {(19, 15)[number]}" in text
         assert differences(run, straight) == []
         assert "finished at step 24" in ONE.start(run, f"run.resume={source}").succeed()
+
+
+def test_a_run_that_is_there_is_not_replaced_by_another(one, tmp_path):
+    """run.resume begins a run; in a folder that holds one it is refused, unless it is the command that began it."""
+    stopped, straight = one
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    for source in (straight, tmp_path / "nowhere"):
+        running = ONE.start(run, f"run.resume={source}")
+        assert running.wait() == 2
+        assert f"run.resume = '{source}' begins another" in running.text
+    assert "resumed" in ONE.start(run, f"run.resume={run}").succeed()
+    assert differences(run, straight) == []
+
+
+def test_another_model_is_refused_and_another_optimizer_begins_its_moments(one, tmp_path):
+    stopped, _ = one
+    run = tmp_path / "run"
+    running = ONE.start(run, f"run.resume={stopped}", "model.width=8")
+    assert running.wait() == 2
+    assert "of another model" in running.text
+    assert "is [16] there, [8] here" in running.text
+    # The corrected command is not in the way of the wrong one.
+    text = ONE.start(run, f"run.resume={stopped}", "optim.name=SGD", "optim.options.momentum=0.9").succeed()
+    assert "the moments of Adam are left behind: the optimizer is now SGD with momentum" in text
+    assert "at step 19" in text
+    other = tmp_path / "other"
+    assert "moments of SGD with momentum" in ONE.start(other, f"run.resume={run}", "train.steps=30").succeed()
+
+
+def test_where_the_best_one_is_damaged_another_is_exported(one, tmp_path, capsys):
+    _, straight = one
+    run = tmp_path / "run"
+    shutil.copytree(straight, run, symlinks=True)
+    pinned, *rest = checkpoint.folders(run)
+    flip(pinned / "model.safetensors")
+    progress = checkpoint.Progress(pinned=[[1.0, checkpoint.step_of(pinned)]])
+    assert export.export_best(run, progress, settings.parse([run / "config.toml"]).train) == rest[0]
+    assert f"skipped {pinned} for best/: model.safetensors was altered" in capsys.readouterr().out
+    assert json.loads((run / "best" / "step.json").read_text())["step"] == checkpoint.step_of(rest[0])
 
 
 def test_masters_are_what_is_exported(tmp_path):

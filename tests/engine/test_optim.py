@@ -141,7 +141,7 @@ def test_the_models_file_comes_first():
         ("adamw", {}, r"optim\.name = 'adamw': no such optimizer; did you mean AdamW\?"),
         ("Optimizer", {}, r"optim\.name = 'Optimizer': no such optimizer"),
         ("lr_scheduler", {}, r"optim\.name = 'lr_scheduler': no such optimizer"),
-        ("SGD", {"nesterov": True}, r"optim\.name = 'SGD', optim\.options = {'nesterov': True}: Nesterov momentum requires"),
+        ("SGD", {"nesterov": True}, r"optim\.name = 'SGD', optim\.options = {'nesterov': True}: refused: Nesterov momentum requires"),
         ("AdamW", {"fused": True, "foreach": True}, r"optim\.name = 'AdamW', .*cannot be"),
         ("AdamW", {"eps": "small"}, r"optim\.name = 'AdamW', .*'small'"),
         ("AdamW", {"lr": 1.0}, r"optim\.options\.lr: AdamW has no such argument"),

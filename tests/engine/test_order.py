@@ -30,10 +30,9 @@ class Weighted(Numbers):
 
 
 class ByLength(Numbers):
-    """It gives the order itself, as data of unequal lengths do."""
-
-    def order(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-        return torch.arange(self.samples).roll(int(torch.randint(self.samples, (), generator=generator)))
+    @property
+    def lengths(self) -> torch.Tensor:
+        return torch.arange(self.samples) * 7919 % 64
 
 
 def plan(batch_size: int, processes: int = 1, accumulation: int = 1) -> Plan:
@@ -128,8 +127,27 @@ def test_overfit_repeats_the_first_samples():
     found = [(positions % 61)[factors > 0].tolist() for positions, factors in steps(one, 0, 6)]
     for epoch in range(3):
         assert sorted(found[2 * epoch] + found[2 * epoch + 1]) == list(range(7))
-    own = Order(ByLength(61), 7, 4, plan(4), 0)  # an order over all samples does not serve then
-    assert sorted(own.permutation(0).tolist()) == list(range(7))
+    assert sorted(Order(ByLength(61), 7, 4, plan(4), 0).permutation(0).tolist()) == list(range(7))
+
+
+@pytest.mark.parametrize("samples", [1, 4, 5, 799, 800, 801, 2003])
+def test_batches_of_similar_length_hold_each_sample_once(samples):
+    """Windows are of 50 batches of 4 = 200 samples."""
+    one = make(samples, 4, kind=ByLength)
+    for epoch in (0, 3):
+        assert sorted(one.permutation(epoch).tolist()) == list(range(samples))
+    assert torch.equal(one.permutation(2), make(samples, 4, 2, 1, kind=ByLength).permutation(2))
+
+
+def test_lengths_within_a_batch_are_alike_and_batches_come_in_any_order():
+    one = make(2003, 4, kind=ByLength)
+    lengths = one.dataset.lengths
+    batches = [lengths[batch] for batch in one.permutation(0).split(4)]
+    assert len(batches[-1]) == 3 and all(len(batch) == 4 for batch in batches[:-1])
+    assert sum(float(batch.max() - batch.min()) for batch in batches) / len(batches) < 4  # at random: about 38
+    means = torch.stack([batch.float().mean() for batch in batches])
+    assert abs(float(torch.corrcoef(torch.stack([means, torch.arange(len(means)).float()]))[0, 1])) < 0.15
+    assert not torch.equal(one.permutation(0), one.permutation(1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -188,18 +188,21 @@ def hosts() -> Iterator[list[str]]:
 
 
 def on_host(names: list[str], place: int, run: Path, kind: Kind, *before: str) -> launch.Running:
-    """`torchrun` on one of two hosts, one rank each. `before` are words in front of the command.
+    """docs/launching.md's line on one of two hosts, one rank each. `before` are words in front of the command.
 
     A host that comes back waits in vain for the address of torchrun's shared store, so each start has a store of its own.
     """
-    launcher = (
-        f"--nnodes 2 --max-restarts 3 --rdzv_backend c10d --rdzv_endpoint 10.77.0.1:29400 --rdzv_id {run.name} --local_addr 10.77.0.{place + 1}"
-    )
-    launcher += f" --rdzv_conf is_host={1 - place},join_timeout=120,last_call_timeout=1"
+    text = (launch.ROOT / "docs/launching.md").read_text()
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text
+    lines = [line for line in re.findall("^torchrun --nnodes 2 .*", text, re.MULTILINE) if ("zero3-offload" in line) == (kind is ZERO3)]
+    launcher = lines[place].partition(" train.py ")[0].removeprefix("torchrun ")
+    for there, here in {"10.0.0.": "10.77.0.", "--nproc_per_node 8": "--nproc_per_node 1", "run1": run.name}.items():
+        launcher = launcher.replace(there, here)
+    launcher = launcher.replace(" --local_addr", ",join_timeout=120,last_call_timeout=1 --max-restarts 3 --local_addr")
     words = [*launch.TINY, "train.steps=600", "train.save_every=20", "train.eval_every=300", launch.halves(2)]
     return launch.start(
         *words, f"strategy.name={kind.strategy}", f"run.dir={run}",
-        log=launch.new_log(run.with_name(f"{run.name}-host{place}")), launcher=("--nproc_per_node", "1", *launcher.split()), cold=True,
+        log=launch.new_log(run.with_name(f"{run.name}-host{place}")), launcher=launcher.split(), cold=True,
         before=("ip", "netns", "exec", names[place], *before), GLOO_SOCKET_IFNAME="veth0",
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
     )  # fmt: skip

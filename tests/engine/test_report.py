@@ -105,8 +105,9 @@ def is_picture(path):
 @pytest.mark.parametrize("score", ["f1", "loss"])
 @pytest.mark.parametrize("values", [[0.5], [0.5, 0.75, 0.6], [math.nan, 0.5, 0.75], [math.nan, math.nan]])
 def test_curves_are_drawn_also_of_one_evaluation_and_of_no_numbers(tmp_path, score, values):
-    lines = [{"epoch": epoch, "train": {"loss": value, "f1": value}, "valid": {"loss": value, "f1": value}} for epoch, value in enumerate(values)]
-    report.draw_curves(lines, "max", score, tmp_path / "curves.png")
+    scores = [{"loss": value, "f1": value} for value in values]
+    lines = [{"epoch": epoch, "step": epoch, "train": some, "valid": some} for epoch, some in enumerate(scores)]
+    report.draw_curves(lines, score, 2, tmp_path / "curves.png")
     assert is_picture(tmp_path / "curves.png")
 
 

@@ -1,0 +1,281 @@
+"""Boosted, deep and voted on the public tables, beside the published scores; and what boost.py adds to the library's own training.
+
+    make bench-tables
+    python benchmarks/tables.py --only california --recipes lightgbm xgboost
+
+Each recipe of conf/ is trained with several seeds, by the scripts, into a folder of its own under --runs, where finished runs are taken
+as they stand and others go on. The vote is of LightGBM over five folds, XGBoost and TabM, its weights fitted on validation rows. Then boosting
+in boost.py and by hand take turns: the same rows, folds, parameters and so the same trees. Exit status 0 where the bars hold, else 1.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+RECIPES = {
+    "lightgbm-default": ("boost.py", "lightgbm_default"),
+    "lightgbm": ("boost.py", "lightgbm"),
+    "xgboost": ("boost.py", "xgboost"),
+    "tabm": ("train.py", "tabm"),
+    "lightgbm-folds": ("boost.py", "lightgbm", "boost.folds=5"),
+}
+"""script, conf/<data>_<…>.toml, overrides"""
+VOTERS = ["lightgbm-folds", "xgboost", "tabm"]
+SCORES = {"adult": ("accuracy", 1), "california": ("rmse", -1)}
+"""the score, and whether more of it is better"""
+BARS = {
+    "adult": {"lightgbm-default": 0.869, "boosted": 0.8735, "tabm": 0.867, "vote": 0.8745},
+    "california": {"lightgbm-default": (0.4495, 1e-4), "boosted": 0.433, "tabm": 0.44, "vote": 0.42},
+}
+"""at least or at most this, or this within a tolerance"""
+BAR_SECONDS, BAR_MINUTES = 1.1, 30
+PUBLISHED = {
+    "lightgbm-default": ("tabr", "lightgbm_", "default2-evaluation"),
+    "lightgbm": ("tabr", "lightgbm_", "2-evaluation"),
+    "xgboost": ("tabr", "xgboost_", "2-evaluation"),
+    "tabm": ("tabm", "tabm-mini-piecewiselinear", "0-evaluation"),
+    "vote": ("tabm", "tabm-mini-piecewiselinear", "0-ensemble-5"),
+}
+"""rows of published_scores.csv: repository, model, run. Beside the vote stands the same authors' ensemble of five."""
+
+
+def published(data: str, recipe: str) -> float | None:
+    path = Path(os.environ.get("PLAINLOOP_DATA", "."), "published_scores.csv")
+    if not path.exists() or recipe not in PUBLISHED:
+        return None
+    with open(path, newline="") as file:
+        wanted = (*PUBLISHED[recipe][:1], data, *PUBLISHED[recipe][1:])
+        found = [row for row in csv.DictReader(file) if (row["source_repo"], row["dataset"], row["model"], row["run"]) == wanted]
+    return abs(float(found[0]["test_score_mean"])) if found else None
+
+
+def train(data: str, recipe: str, seed: int, runs: Path) -> Path:
+    """The finished run folder of a recipe."""
+    script, config, *more = RECIPES[recipe]
+    run = runs / f"{data}-{recipe}-seed{seed}"
+    words = ["--config", f"conf/{data}_{config}.toml", f"run.dir={run}", f"run.seed={seed}", *more]
+    ended = subprocess.run([sys.executable, script, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if ended.returncode:
+        raise SystemExit(f"{script} {' '.join(words)}: exit status {ended.returncode}")
+    return run
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Scores of a run, and the seconds it trained over all its processes, since each counts from its own start."""
+    result = json.loads((run / "result.json").read_text())
+    seconds = result["clock"]["seconds"]
+    if (run / "metrics.jsonl").exists():
+        counts = [json.loads(line)["clock"]["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        seconds = sum(now for now, following in zip(counts, [*counts[1:], 0], strict=True) if following < now)
+    return {"valid": result["best"], "test": result["test"], "seconds": seconds}
+
+
+def vote(runs: list[Path]) -> dict[str, Any]:
+    import torch
+
+    import infer
+    from engine.vote import Vote
+
+    members = Vote([infer.open_run(run, torch.device("cpu"), [], None) for run in runs], None, "probability")
+    members.fit()
+    return {"valid": {}, "test": members.score(members.split("test"))[0], "weights": members.weights.tolist(), "seconds": 0.0}
+
+
+def best_boosted(found: dict[str, list[dict[str, Any]]]) -> str:
+    """The tuned recipe with the smaller validation loss: the test part has no say."""
+    return min((recipe for recipe in ("lightgbm", "xgboost") if recipe in found), key=lambda recipe: mean(found[recipe], "valid", "loss"), default="")
+
+
+def mean(outcomes: list[dict[str, Any]], part: str, score: str) -> float:
+    return statistics.fmean(outcome[part][score] for outcome in outcomes)
+
+
+def scores(data: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A line a recipe: the test score over seeds, the published one, the bar."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in options.seeds:
+        for recipe in options.recipes:
+            found.setdefault(recipe, []).append(
+                vote([train(data, voter, seed, options.runs) for voter in VOTERS])
+                if recipe == "vote"
+                else outcome(train(data, recipe, seed, options.runs))
+            )
+            print(f"{data} {recipe} seed {seed}: {found[recipe][-1]}", flush=True)
+    score, sign = SCORES[data]
+    lines = []
+    for recipe, outcomes in found.items():
+        bar = BARS[data].get("boosted" if recipe == best_boosted(found) else recipe)
+        value = mean(outcomes, "test", score)
+        holds = None if bar is None else abs(value - bar[0]) <= bar[1] if isinstance(bar, tuple) else sign * value >= sign * bar
+        if recipe == "tabm":
+            holds = holds and max(outcome["seconds"] for outcome in outcomes) <= 60 * BAR_MINUTES
+        values = [outcome["test"][score] for outcome in outcomes]
+        lines.append(
+            {
+                "data": data,
+                "score": score,
+                "recipe": recipe,
+                "mean": value,
+                "spread": statistics.stdev(values) if len(values) > 1 else None,
+                "seeds": values,
+                "published": published(data, recipe),
+                "bar": bar,
+                "holds": holds,
+                "seconds": [outcome["seconds"] for outcome in outcomes],
+                "valid_loss": None if recipe == "vote" else mean(outcomes, "valid", "loss"),
+            }
+            | ({"weights": [outcome["weights"] for outcome in outcomes]} if recipe == "vote" else {})
+        )
+    return lines
+
+
+def by_hand(library: str, settings: Any) -> tuple[float, list[int]]:
+    """Seconds and best rounds of the library's own training of the folds, binned once where it can be."""
+    from engine import boosting
+
+    data = boosting.prepare(settings)
+    rows, target, boost = data.table.rows["folds"], data.table.target, settings.boost
+    made = boosting.LIBRARIES[library](data.table.info, data.names)
+    best, begun = [], time.perf_counter()
+    if library == "lightgbm":
+        import lightgbm
+
+        wide = {"deterministic": True, "verbosity": -1, "force_row_wise": True}
+        params, categories = made.params(settings, **wide), list(range(data.table.info.numeric, len(data.names)))
+        whole = lightgbm.Dataset(data.matrix[rows], target[rows], categorical_feature=categories, params=params)
+        for fold, held in boosting.cut(settings, data):
+            valid = whole.create_valid(data.matrix[held], target[held])
+            stop = lightgbm.early_stopping(boost.patience, first_metric_only=True, verbose=False)
+            part = whole.construct().subset(np.searchsorted(rows, fold))
+            best.append(lightgbm.train(params, part, boost.rounds, valid_sets=[valid], callbacks=[stop]).best_iteration)
+    else:
+        import xgboost
+
+        params = made.params(settings)
+        for fold, held in boosting.cut(settings, data):
+            train_set = xgboost.QuantileDMatrix(data.matrix[fold], target[fold], **made.columns)
+            valid = xgboost.QuantileDMatrix(data.matrix[held], target[held], ref=train_set, **made.columns)
+            stop = {"early_stopping_rounds": boost.patience, "verbose_eval": False}
+            best.append(xgboost.train(params, train_set, boost.rounds, evals=[(valid, "valid")], **stop).best_iteration + 1)
+    return time.perf_counter() - begun, best
+
+
+def in_boost(folder: str) -> tuple[float, list[int], float]:
+    """Seconds of training and best rounds of boost(), and its seconds with reading, scores, Shapley values and pictures."""
+    import contextlib
+    import io
+
+    from boost import boost
+    from engine.settings import parse
+
+    begun = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = boost(parse([folder + "/boost.toml"], [f"run.dir={folder}/run"]))
+    return result["clock"]["seconds"], [fold["best_round"] for fold in result["folds"]], time.perf_counter() - begun
+
+
+def overhead(data: str, library: str, options: argparse.Namespace) -> dict[str, Any]:
+    from engine.config import dump_toml
+    from engine.settings import parse
+
+    pairs, whole = [], []
+    for number in range(options.pairs + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            words = [f"boost.rounds={options.rounds}", "boost.folds=3", "boost.patience=100"]
+            settings = parse([ROOT / f"conf/{data}_{library}.toml"], words)
+            Path(folder, "boost.toml").write_text(dump_toml(settings.values()))
+            taken = {}
+            for place in (0, 1) if number % 2 else (1, 0):
+                taken[place] = in_boost(folder) if place else by_hand(library, settings)
+            if taken[0][1] != taken[1][1]:
+                raise SystemExit(f"{data} {library}: best rounds {taken[1][1]} by boost.py, {taken[0][1]} by hand; they do not do the same")
+            pairs.append((taken[1][0], taken[0][0]))
+            whole.append(taken[1][2])
+    pairs, ratios = pairs[1:], [ours / theirs for ours, theirs in pairs[1:]]  # the first imports the libraries
+    ratio = statistics.median(ratios)
+    line = {"data": data, "library": library, "rounds": options.rounds, "folds": 3, "ratio": ratio, "ratios": ratios}
+    line |= {"boost_seconds": statistics.median(ours for ours, _ in pairs), "hand_seconds": statistics.median(theirs for _, theirs in pairs)}
+    return line | {"whole_seconds": statistics.median(whole[1:]), "bar": BAR_SECONDS, "holds": ratio <= BAR_SECONDS}
+
+
+def verdict(holds: bool | None) -> str:
+    return "" if holds is None else "holds" if holds else "FAILS"
+
+
+def tables(scored: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
+    """The two tables, in Markdown."""
+    rows = [["data", "recipe", "test score", "spread", "published", "bar", "", "seconds a run"]]
+    for line in scored:
+        bar = "" if line["bar"] is None else "{} ± {}".format(*line["bar"]) if isinstance(line["bar"], tuple) else f"{line['bar']:.4f}"
+        numbers = [f"{line[key]:.4f}" if line[key] is not None else "" for key in ("mean", "spread", "published")]
+        seconds = "" if line["recipe"] == "vote" else f"{statistics.fmean(line['seconds']):.0f}"
+        rows.append([f"{line['data']}, {line['score']}", line["recipe"], *numbers, bar, verdict(line["holds"]), seconds])
+    text = markdown(rows)
+    if timed:
+        rows = [["data", "library", "boost.py, s", "by hand, s", "ratio", "bar", "", "with scores and pictures, s"]]
+        for line in timed:
+            seconds = [f"{line[key]:.2f}" for key in ("boost_seconds", "hand_seconds")]
+            end = [f"{line['ratio']:.3f}", f"{line['bar']:.2f}", verdict(line["holds"]), f"{line['whole_seconds']:.1f}"]
+            rows.append([line["data"], line["library"], *seconds, *end])
+        text += "\n" + markdown(rows)
+    return text
+
+
+def markdown(rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SCORES, default=list(SCORES), metavar="DATA", help=f"of {', '.join(SCORES)}")
+    default = [name for name in RECIPES if not name.endswith("-folds")] + ["vote"]
+    parser.add_argument("--recipes", nargs="*", choices=[*RECIPES, "vote"], default=default, metavar="RECIPE", help=f"of {', '.join(default)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pairs", type=int, default=5, help="turns of boost.py and by hand that count, one more comes first; -1 leaves them out")
+    parser.add_argument("--rounds", type=int, default=300, help="boosting rounds of a turn's three folds")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/bench-tables", help="folder of the run folders")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of tables.json and tables.md")
+    options = parser.parse_args()
+    begun, words = time.perf_counter(), list(sys.argv[1:])
+    for place in [place for place, word in enumerate(words) if word in ("--runs", "--results")][::-1]:  # where it is, is not what it is
+        del words[place : place + 2]
+    scored = [line for data in options.only for line in scores(data, options)]
+    pairs = [(data, library) for data in options.only for library in ("lightgbm", "xgboost") if options.pairs > 0 and library in options.recipes]
+    timed = [overhead(data, library, options) for data, library in pairs]
+    print(text := tables(scored, timed))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    made = {
+        "command": " ".join(["python", "benchmarks/tables.py", *words]),
+        "commit": commit,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "machine": f"{os.cpu_count()} cores, {processor()}",
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "tables.json").write_text(json.dumps({**made, "scores": scored, "boosting": timed}, indent=1) + "\n")
+    about = ", ".join(f"{key}: {value}" for key, value in made.items())
+    (options.results / "tables.md").write_text(f"{text}\n{about}. Runs that stood finished are not in these seconds.\n")
+    return 0 if all(line["holds"] is not False for line in scored + timed) else 1
+
+
+def processor() -> str:
+    path = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
