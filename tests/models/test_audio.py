@@ -126,7 +126,7 @@ def test_best_of_a_pretrained_classifier_stands_alone(tmp_path: Path) -> None:
     assert AutoModelForAudioClassification.from_pretrained(tmp_path / "run" / "best").config.num_labels == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif("PLAINLOOP_DATA" not in os.environ, reason="PLAINLOOP_DATA is unset: the public data sets are not here")
 def test_emotions_of_speakers_never_heard(tmp_path: Path) -> None:
     more = {"PLAINLOOP_DATA": os.environ["PLAINLOOP_DATA"]}

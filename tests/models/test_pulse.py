@@ -81,7 +81,7 @@ def test_negative_pearson_knows_a_straight_line() -> None:
         assert float(pulse.negative_pearson(output, {"target": factor * output[:, 0]}, None)) == pytest.approx(wanted, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif("PLAINLOOP_DATA" not in os.environ, reason="PLAINLOOP_DATA is unset: the public data sets are not here")
 def test_runners_never_seen(tmp_path: Path) -> None:
     more = {"PLAINLOOP_DATA": os.environ["PLAINLOOP_DATA"]}
