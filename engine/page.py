@@ -111,9 +111,9 @@ def spark(curves: Sequence[Sequence[float]], width: int = 110, height: int = 26)
     return f'<svg width="{width}" height="{height}">{"".join(paths)}</svg>'
 
 
-def write(folder: Path) -> None:
-    """report.html of one run, from what lies in its folder."""
-    run = Run(folder)
+def write(folder: Path, run: Run | None = None) -> None:
+    """report.html of one run, from what lies in its folder, where that is not read already."""
+    run = run or Run(folder)
     facts = [
         "finished" if run.result else "unfinished",
         f"{'best at ' if run.result else ''}step {run.step:,}" if run.step else "",
@@ -182,9 +182,10 @@ def main() -> None:
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         raise UserError("python -m engine.report: takes one folder of runs, such as runs/")
     root = Path(sys.argv[1])
-    for folder in run_folders(root):
-        page, parts = folder / "report.html", [folder / name for name in ("config.toml", "metrics.jsonl", "result.json", "tracker.json")]
-        if (not page.exists() or any(part.exists() and part.stat().st_mtime > page.stat().st_mtime for part in parts)) and read(folder):
-            write(folder)
-    index(root, [run for folder in run_folders(root) if (run := read(folder))])
+    runs = [run for folder in run_folders(root) if (run := read(folder))]
+    for run in runs:
+        page, parts = run.folder / "report.html", [run.folder / name for name in ("config.toml", "metrics.jsonl", "result.json", "tracker.json")]
+        if not page.exists() or any(part.exists() and part.stat().st_mtime > page.stat().st_mtime for part in parts):
+            write(run.folder, run)
+    index(root, runs)
     print(root / "index.html")

@@ -82,9 +82,11 @@ def test_help_is_as_quick_as_importing_torch():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    taken = {name: [] for name in ("torch", *SCRIPTS)}
-    for _ in range(2):
-        for name, times in taken.items():
-            times.append(seconds("-c", "import torch, pydantic") if name == "torch" else seconds(name, "--help"))
-    best = {name: min(times) for name, times in taken.items()}
-    assert {name: seconds for name, seconds in best.items() if seconds > best["torch"] + 0.5} == {}
+    best = dict.fromkeys(("torch", *SCRIPTS), float("inf"))
+    for _ in range(8):  # a busy computer adds to a time and never takes from it, so the least of several is the one to compare
+        for name in best:
+            best[name] = min(best[name], seconds("-c", "import torch, pydantic") if name == "torch" else seconds(name, "--help"))
+        slow = {name: taken for name, taken in best.items() if taken > best["torch"] + 0.5}
+        if not slow:
+            break
+    assert slow == {}, best
