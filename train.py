@@ -129,6 +129,7 @@ def fit(e: Experiment, tracker: tracking.Tracker, on_eval: OnEval | None) -> Non
     batches = iter(order.loader(e.order, rank, progress.step, e.total_steps, train.workers))
     saver = checkpoint.Saver(e.run, (accelerator, e.wrapped, e.model, e.optimizer), train.keep_last, e.order.steps_per_epoch, progress.step)
     agreement, clock = process.Agreement(), report.Clock(progress.step, train.batch_size, e.splits.train, e.model)
+    e.wrapped.train()  # what transformers loads is in evaluation mode: without dropout, up to the first evaluation
     with (
         process.StopRequest() as request,
         report.Journals(e.run, progress.step, e.total_steps, tracker) as journals,

@@ -128,7 +128,7 @@ def texts() -> Workload:
         columns={"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool), "target": target},
         dataset=dataset,
         info=info,
-        build=lambda: Model(config, info),
+        build=lambda: Model(config, info).train(),  # transformers loads it for evaluation, and Lightning leaves it so
         settings=f"""
             data = {{ name = "text", train = "given.csv", text = "text", target = "target" }}
             model = {{ name = "text", pretrained = "{config.pretrained}" }}
@@ -150,7 +150,7 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]
 
 def bare(workload: Workload, batch_size: int, folder: str, tick: Tick, fused: bool = True) -> None:
     """What one writes by hand and in a hurry, with nothing to lose time on."""
-    model = workload.build().train()
+    model = workload.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     while True:
         order = torch.randperm(len(workload.columns["target"]))

@@ -286,6 +286,24 @@ def test_a_trial_writes_nothing_and_is_told_each_evaluation(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_was_loaded_for_evaluation_is_trained_with_dropout(tmp_path, monkeypatch, environment):
+    """As transformers' from_pretrained returns it."""
+    from models.mlp import Model
+    from train import train
+
+    made, forward, modes = Model.__init__, Model.forward, []
+
+    def loaded(self, *words):
+        made(self, *words)
+        self.eval()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Model, "__init__", loaded)
+    monkeypatch.setattr(Model, "forward", lambda self, batch: modes.append(all(part.training for part in self.modules())) or forward(self, batch))
+    train(settings.parse([config.ROOT / "conf/digits.toml"], ["data.dataset=wine", *SHORT, "train.eval_every=12"]), trial=True)
+    assert modes[:12] == [True] * 12 and not any(modes[12:])
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pseudo-terminals")
 def test_on_a_terminal_there_is_a_bar(folder, tmp_path):
     import fcntl
