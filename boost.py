@@ -68,7 +68,7 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
                 if run:
                     keep(run, watch, library, booster, step)
                 else:
-                    scores.append(watch.score(library.predict(booster, data.matrix[fold[1]])))
+                    scores.append(boosting.score(boosting.scorer_of(settings, info), watch.part, library.predict(booster, data.matrix[fold[1]])))
                     steps.append(step)
         return conclude(run, settings, data, folds, tracker) if run else {"best": over_folds(np.mean, scores), "step": round(np.mean(steps))}
 
@@ -96,6 +96,9 @@ class Watch:
         self.title = f"fold {self.number + 1} of {self.folds}"
         hidden = not self.logs or not sys.stderr.isatty()  # a bar on a terminal, plain lines elsewhere
         self.says = hidden and bool(self.logs)
+        # Of the one score that decides, kept over the rounds: to make it anew takes longer than some rounds.
+        self.decides = metrics.best_rule(self.settings.task, self.part.data.table.info, None)[1]
+        self.scorer = boosting.scorer_of(self.settings, self.part.data.table.info, [self.decides]) if self.on_round else None
         self.bar = tqdm(total=self.settings.boost.rounds, desc=self.title, unit="round", disable=hidden, leave=False, mininterval=0.5)
 
     def __call__(self, rounds: int, metric: str, value: float, train: Callable[[], float], predictions: Callable[[], np.ndarray]) -> None:
@@ -106,17 +109,16 @@ class Watch:
             raise process.Stopped(f"stopped by a signal in {self.title}; the same command goes on from that fold's start")
         if rounds % EVERY:
             return
-        self.train[rounds], step = train(), self.number * self.settings.boost.rounds + rounds
+        step = self.number * self.settings.boost.rounds + rounds
+        if self.logs:
+            self.train[rounds] = train()
         for log in self.logs:
             log({"step": step, "fold": self.number, "round": rounds, "train": {metric: self.train[rounds]}, "valid": {metric: value}})
         if self.on_round:
-            self.on_round(step, self.score(predictions())[metrics.best_rule(self.settings.task, self.part.data.table.info, None)[1]])
+            self.on_round(step, boosting.score(self.scorer, self.part, predictions())[self.decides])
         self.bar.set_postfix({metric: f"{value:.5g}"}, refresh=False)
         if self.says and rounds % 500 == 0:
             process.say(f"{self.title}  round {rounds}  {metric} {value:.5g}")
-
-    def score(self, predictions: np.ndarray) -> dict[str, float]:
-        return boosting.score(self.settings, self.part, predictions)
 
 
 def fit(library: Any, settings: Settings, data: Data, fold: Fold, watch: Watch) -> tuple[Any, int]:
@@ -155,7 +157,8 @@ def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], track
     predictor, table, parts = BoostPredictor(run), data.table, [Part(data, held) for _, held in folds]
     records = [json.loads(fold_file(run, number, ".json").read_text()) for number in range(len(folds))]
     predicted = [predictor.library.predict(booster, data.matrix[part.rows]) for booster, part in zip(predictor.boosters, parts, strict=True)]
-    scores = [boosting.score(settings, part, some) for part, some in zip(parts, predicted, strict=True)]
+    scorer = boosting.scorer_of(settings, table.info)
+    scores = [boosting.score(scorer, part, some) for part, some in zip(parts, predicted, strict=True)]
     rows, numbers = np.concatenate([part.rows for part in parts]), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     order = np.argsort(rows)
     ids = {settings.data.id: [table.ids[row] for row in rows[order]]} if table.ids else {}

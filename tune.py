@@ -253,6 +253,7 @@ def keep_working(found: Search, workers: dict[int, subprocess.Popen]) -> None:
     shown, deaths, done = "", 0, 0
     while True:
         deaths = count_deaths(workers, deaths)
+        settled = not found.in_state("RUNNING", "WAITING")
         found.top_up()
         if (now_done := len(found.in_state("COMPLETE", "PRUNED"))) > done:
             deaths, done = 0, now_done
@@ -263,11 +264,12 @@ def keep_working(found: Search, workers: dict[int, subprocess.Popen]) -> None:
             print(line, flush=True)
             shown = counts
         more = not found.over() and found.waiting()
-        if not workers and not more and not found.unsigned():
-            break
+        if not more and (settled or not workers) and not found.unsigned():
+            break  # workers take a second to end, and have nothing left to do
         for number in range(found.settings.tune.workers if more else 0):
             if number not in workers:
                 workers[number] = start_worker(found, number)
+        study_report.import_what_draws()
         time.sleep(0.1)
     print(flush=True, end="\n" if sys.stdout.isatty() else "")
 

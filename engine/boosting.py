@@ -5,7 +5,7 @@ import importlib
 import operator
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,9 +140,13 @@ def margins(predictions: np.ndarray, info: Any) -> np.ndarray:
     return np.log(probabilities) - (np.log1p(-probabilities) if predictions.ndim == 1 else 0)
 
 
-def scorer_of(settings: Settings, info: Any) -> evaluate.Scorer:
-    """The loss is the kind's own: what a library minimises is boost.params' affair. Raises UserError for an unknown metric."""
-    return evaluate.Scorer(settings.task.model_copy(update={"loss": "auto", "loss_options": {}}), info, None, torch.device("cpu"))
+def scorer_of(settings: Settings, info: Any, names: Sequence[str] = ()) -> evaluate.Scorer:
+    """Of these scores, or those of the settings. The loss is the kind's own: what a library minimises is boost.params' affair.
+
+    Raises UserError for an unknown metric.
+    """
+    chosen = [name for name in names if name != "loss"] or settings.task.metrics
+    return evaluate.Scorer(settings.task.model_copy(update={"loss": "auto", "loss_options": {}, "metrics": chosen}), info, None, torch.device("cpu"))
 
 
 def add_scores(scorer: evaluate.Scorer, predictions: np.ndarray, target: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -151,9 +155,9 @@ def add_scores(scorer: evaluate.Scorer, predictions: np.ndarray, target: torch.T
     scorer.add(torch.from_numpy(margins(predictions, scorer.info)), {"target": target}, weights)
 
 
-def score(settings: Settings, part: Part, predictions: np.ndarray) -> dict[str, float]:
+def score(scorer: evaluate.Scorer, part: Part, predictions: np.ndarray) -> dict[str, float]:
     """Scores of predicted rows."""
-    scorer, every = scorer_of(settings, part.data.table.info), torch.arange(len(part))
+    every = torch.arange(len(part))
     add_scores(scorer, predictions, torch.from_numpy(part.data.table.target[part.rows]), part.weights(every))
     return scorer.compute()
 

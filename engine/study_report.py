@@ -1,6 +1,7 @@
 """What a study leaves: trials.csv, best.toml, pictures, its record in the trackers. And LightGBM's stepwise study."""
 
 import contextlib
+import importlib
 import shlex
 import warnings
 from pathlib import Path
@@ -76,6 +77,13 @@ def write_best(values: dict[str, Any], settings: Settings, place: Path) -> None:
         section, name, *_ = key.split(".")
         found.setdefault(section, {})[name] = whole[section][name]
     write_text(place / "best.toml", tomli_w.dumps(found))
+
+
+def import_what_draws() -> None:
+    """Ahead of time, while workers train: it takes two seconds."""
+    for name in ("pandas", "matplotlib.pyplot", "optuna.visualization", "sklearn.ensemble", "plotly.graph_objects"):
+        with contextlib.suppress(ImportError):  # of plotly, which is an extra
+            importlib.import_module(name)
 
 
 def draw(study: Any, place: Path, finished: int, keys: list[str]) -> None:
