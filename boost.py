@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from engine.config import UserError
 from engine.settings import Settings, command_line, parse
 
 OnRound = Callable[[int, float], None]
+Log = Callable[[dict[str, Any]], None]
 EVERY = 20
 """rounds between looks at the training rows, lines of steps.jsonl and calls of on_round"""
 EXPLAINED, WORK = 1000, 20_000_000
@@ -56,14 +56,13 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
             (run / "folds").mkdir(exist_ok=True)
             folder.write_inputs(run, info, data.table.preprocessing)
             done = next(number for number in range(len(folds) + 1) if not fold_file(run, number, ".json").exists())
-            process.say(
-                "\n".join([f"run folder {run}", *data.table.notes, f"features: {', '.join(data.names)}", f"folds done: {done} of {len(folds)}"])
-            )
+            for line in (f"run folder {run}", *data.table.notes, f"features: {', '.join(data.names)}", f"folds done: {done} of {len(folds)}"):
+                process.say(line)
         tracker.start(done * rounds, features=data.names)
         journal, request, scores, steps = report.Journal(run, "steps.jsonl", done * rounds), process.StopRequest(), [], []
         with request if run else nullcontext(), closing(journal):
             for number, fold in list(enumerate(folds))[done:]:
-                watch = Watch(settings, Part(data, fold[1]), number, len(folds), on_round, [journal.write, tracker.log] if run else [], request)
+                watch = Watch(settings, Part(data, fold[1]), number, on_round, [journal.write, tracker.log] if run else [], request)
                 booster, step = fit(library, settings, data, fold, watch)
                 if run:
                     keep(run, watch, library, booster, step)
@@ -73,33 +72,21 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
         return conclude(run, settings, data, folds, tracker) if run else {"best": over_folds(np.mean, scores), "step": round(np.mean(steps))}
 
 
-@dataclass
 class Watch:
     """What happens after each round of a fold: curves, journal, the bar or a line, the question whether to go on."""
 
-    settings: Settings
-    part: Part
-    number: int
-    folds: int
-    on_round: OnRound | None
-    logs: list[Callable[[dict[str, Any]], None]]
-    """none in a trial, which is silent"""
-    request: Any
-    metric: str = ""
-    valid: list[float] = field(default_factory=list)
-    train: dict[int, float] = field(default_factory=dict)
-    begun: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
+    def __init__(self, settings: Settings, part: Part, number: int, on_round: OnRound | None, logs: list[Log], request: process.StopRequest):
+        """`logs` get a line each EVERY rounds. There are none in a trial, which is silent."""
         from tqdm import tqdm
 
-        self.title = f"fold {self.number + 1} of {self.folds}"
-        hidden = not self.logs or not sys.stderr.isatty()  # a bar on a terminal, plain lines elsewhere
-        self.says = hidden and bool(self.logs)
+        self.settings, self.part, self.number, self.on_round, self.logs, self.request = settings, part, number, on_round, logs, request
+        self.metric, self.valid, self.train, self.begun = "", [], {}, time.perf_counter()
         # Of the one score that decides, kept over the rounds: to make it anew takes longer than some rounds.
-        self.decides = metrics.best_rule(self.settings.task, self.part.data.table.info, None)[1]
-        self.scorer = boosting.scorer_of(self.settings, self.part.data.table.info, [self.decides]) if self.on_round else None
-        self.bar = tqdm(total=self.settings.boost.rounds, desc=self.title, unit="round", disable=hidden, leave=False, mininterval=0.5)
+        self.decides = metrics.best_rule(settings.task, part.data.table.info, None)[1]
+        self.scorer = boosting.scorer_of(settings, part.data.table.info, [self.decides]) if on_round else None
+        self.title = f"fold {number + 1} of {settings.boost.folds or 1}"
+        silent = None if logs else True  # None: a bar on a terminal, plain lines elsewhere
+        self.bar = tqdm(total=settings.boost.rounds, desc=self.title, unit="round", disable=silent, leave=False, mininterval=0.5)
 
     def __call__(self, rounds: int, metric: str, value: float, train: Callable[[], float], predictions: Callable[[], np.ndarray]) -> None:
         self.metric = metric
@@ -117,7 +104,7 @@ class Watch:
         if self.on_round:
             self.on_round(step, boosting.score(self.scorer, self.part, predictions())[self.decides])
         self.bar.set_postfix({metric: f"{value:.5g}"}, refresh=False)
-        if self.says and rounds % 500 == 0:
+        if self.logs and self.bar.disable and rounds % 500 == 0:
             process.say(f"{self.title}  round {rounds}  {metric} {value:.5g}")
 
 
@@ -186,6 +173,8 @@ def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], track
 
 def importance(run: Path, predictor: BoostPredictor, parts: list[Part]) -> tuple[list[str], list[list[Any]]]:
     """importance.csv and .png: gain, splits and mean |Shapley contribution| (Lundberg & Lee, 2017), the mean of folds. Returns the table."""
+    import pandas as pd
+
     generator, found, data = np.random.default_rng(0), [], parts[0].data
     for booster, part in zip(predictor.boosters, parts, strict=True):
         gain, split = predictor.library.importances(booster)
@@ -193,19 +182,14 @@ def importance(run: Path, predictor: BoostPredictor, parts: list[Part]) -> tuple
         some = np.sort(generator.permutation(part.rows)[: max(20, count)])
         shares = predictor.library.contributions(booster, data.matrix[some])
         found.append([gain, split, np.abs(shares.reshape(len(some), -1, len(data.names) + 1)[..., :-1]).mean(axis=(0, 1))])
-    means = np.mean(found, axis=0)
-    order = np.lexsort([-means[0], -np.nan_to_num(means[2])])
-    names, table = ["feature", "gain", "split", "shap"], [[data.names[place], *means[:, place].tolist()] for place in order]
-    folder.write_text(run / "importance.csv", "".join(",".join(map(json.dumps, line)) + "\n" for line in [names, *table]))
-    shown = order[:30][::-1]
+    table = pd.DataFrame(np.mean(found, axis=0).T, data.names, ["gain", "split", "shap"]).rename_axis("feature")
+    table = table.sort_values(["shap", "gain"], ascending=False)
+    folder.write_text(run / "importance.csv", table.to_csv())
+    shown = (table / table.sum()).set_axis(["gain", "splits", "mean |SHAP|"], axis=1)[:30][::-1]
     drawing, axis = report.figure(7, 1.5 + 0.35 * len(shown))
-    for place, name in enumerate(("gain", "splits", "mean |SHAP|")):
-        axis.barh(np.arange(len(shown)) + 0.27 * (place - 1), means[place, shown] / np.maximum(means[place].sum(), 1e-30), 0.25, label=name)
-    axis.set_yticks(range(len(shown)), [data.names[place] for place in shown])
-    axis.set(xlabel="share of all columns")
-    axis.legend()
+    shown.plot.barh(ax=axis, width=0.8, xlabel="share of all columns", ylabel="")
     drawing.savefig(run / "importance.png")
-    return names, table
+    return ["feature", *table], table.reset_index().to_numpy().tolist()
 
 
 def draw_curves(records: list[dict[str, Any]], path: Path) -> None:

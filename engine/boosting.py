@@ -30,14 +30,14 @@ class Data:
     matrix: np.ndarray
     """float32 [n, features]: numbers, then categories as numbers from 0; NaN where missing or unseen in training"""
     names: list[str]
-    class_weights: np.ndarray | None
-    """float32 [n]; they count in training alone"""
+    balance: str
+    """data.balance: class weights count in training alone"""
     binned: dict[str, Any] = dataclasses.field(default_factory=dict)
     """what a library has built of these rows"""
 
     def weights(self, rows: np.ndarray, training: bool = False) -> np.ndarray | None:
-        factors = [factor[rows] for factor in (self.table.weights, self.class_weights if training else None) if factor is not None]
-        return np.prod(factors, axis=0) if factors else None
+        weights = self.table.part_weights("train" if training else "valid", self.balance)
+        return None if weights is None else weights.numpy()[rows]
 
 
 @dataclasses.dataclass
@@ -88,13 +88,9 @@ def choose(settings: Settings, table: Any) -> Data:
     info = dataclasses.replace(table.info, numeric=len(named["numeric"]), categories=sizes, **units)
     vocabularies = {name: learned["vocabularies"][name] for name in named["categorical"]}
     learned = {**learned, **named, **units, "vocabularies": vocabularies, "missing": []}
-    class_weights = None
-    if getattr(settings.data, "balance", "none") == "class_weights":
-        counts = np.bincount(table.target[table.rows["train"]])
-        class_weights = (counts.sum() / (len(counts) * counts))[table.target].astype(np.float32)
     rows = {**table.rows, "folds": np.sort(np.concatenate([table.rows["train"], table.rows["valid"]]))}
     chosen = dataclasses.replace(table, info=info, preprocessing=learned, rows=rows)
-    return Data(chosen, matrix, named["numeric"] + named["categorical"], class_weights)
+    return Data(chosen, matrix, named["numeric"] + named["categorical"], getattr(settings.data, "balance", "none"))
 
 
 def to_matrix(numeric: np.ndarray, categorical: np.ndarray) -> np.ndarray:
@@ -207,9 +203,8 @@ class LightGBM(Library):
         """
         boost, target, said, kept = settings.boost, data.table.target, [], {}
         # Left alone, it times two ways to sum and takes the faster: other last digits on another day.
-        forced = (
-            {} if {"force_col_wise", "force_row_wise"} & boost.params.keys() else {f"force_{'row' if len(self.names) <= 100 else 'col'}_wise": True}
-        )
+        way = "force_row_wise" if len(self.names) <= 100 else "force_col_wise"
+        forced = {} if {"force_col_wise", "force_row_wise"} & boost.params.keys() else {way: True}
         params = self.params(settings, verbosity=0, deterministic=True, **forced)
         self.module.register_logger(SimpleNamespace(note=said.append), "note", "note")
         key = repr({name: value for name, value in params.items() if self.settled.search(name)})

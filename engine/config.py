@@ -6,11 +6,11 @@ A setting lives beside the code that obeys it, as a field of a pydantic class; t
 
 import difflib
 import importlib
-import os
+import json
+import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,13 @@ def suggestion(word: str, known: typing.Iterable[str]) -> str:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Raises UserError that names the file and, for a syntax error, its line and column."""
     try:
-        with open(path, "rb") as file:
-            return tomli.load(file)
+        return tomli.loads(Path(path).read_bytes().decode())
     except tomli.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid TOML: it must be UTF-8 ({error.reason} at byte {error.start})") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --config takes a TOML such as conf/digits.toml") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; --config takes a TOML such as conf/digits.toml") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror.lower()}; --config takes a TOML such as conf/digits.toml") from None
 
 
 def merge(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
@@ -106,18 +103,6 @@ def merge(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def takes_text(annotation: Any) -> bool:
-    """Whether a key of this type takes an override's text as it stands (a string, or a choice among strings)."""
-    if annotation is str:
-        return True
-    arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) is typing.Literal:
-        return all(isinstance(value, str) for value in arguments)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return all(value is type(None) or takes_text(value) for value in arguments)
-    return typing.get_origin(annotation) is typing.Annotated and takes_text(arguments[0])
-
-
 def apply_override(values: dict[str, Any], text: str, classes: dict[str, type[Config]]) -> None:
     """Set one `section.key=value` in place; a deeper key sets an entry of a free table (`boost.params.max_bin=63`)."""
     key, sign, raw = text.partition("=")
@@ -125,45 +110,34 @@ def apply_override(values: dict[str, Any], text: str, classes: dict[str, type[Co
     name, *deeper = rest.split(".", 1)
     if not sign or not name:
         raise UserError(f"{text!r}: an override is section.key=value, such as optim.lr=3e-4")
-    field = classes[section].model_fields.get(name) if section in classes else None
-    if field is not None and not deeper and takes_text(field.annotation):
-        value: Any = raw
-    else:
+    field = None if deeper or section not in classes else classes[section].model_fields.get(name)
+    wanted = type_name(field.annotation) if field else ""
+    value: Any = raw
+    # A key that takes a string, or one of several, takes the text as it stands.
+    if not wanted or any(part != "str" and not part.startswith('"') for part in re.split(" / | or ", wanted)):
         try:
             value = tomli.loads(f"value = {raw}")["value"]
         except tomli.TOMLDecodeError:
-            if field is not None and not deeper:
-                wanted = type_name(field.annotation)
-                raise UserError(f"{key} = {raw!r}: must be a TOML value of type {wanted}, such as {example(field)}") from None
-            value = raw
+            if field:
+                kind = type(field.get_default(call_default_factory=True))
+                example = {list: '["a", "b"]', dict: "{ key = 1 }", bool: "true"}.get(kind, "1")
+                raise UserError(f"{key} = {raw!r}: must be a TOML value of type {wanted}, such as {example}") from None
     # Names of tune.space hold dots themselves.
-    parts = deeper if (section, name) == ("tune", "space") else deeper and deeper[0].split(".")
+    *path, last = [name, *deeper] if (section, name) == ("tune", "space") else rest.split(".")
     table = values.setdefault(section, {})
-    if isinstance(table, dict):
-        table[name] = inserted(table.get(name), parts, value)
-
-
-def inserted(old: Any, parts: Sequence[str], value: Any) -> Any:
-    """`value` at the place that the parts of a key name inside `old`, of which the rest stays."""
-    if not parts:
-        return value
-    table = old if isinstance(old, dict) else {}
-    return {**table, parts[0]: inserted(table.get(parts[0]), parts[1:], value)}
-
-
-def example(field: pydantic.fields.FieldInfo) -> str:
-    default = field.get_default(call_default_factory=True)
-    return {list: '["a", "b"]', dict: "{ key = 1 }", bool: "true"}.get(type(default), "1")
+    if isinstance(table, dict):  # else it is refused when it is validated
+        for part in path:
+            table[part] = table[part] if isinstance(table.get(part), dict) else {}
+            table = table[part]
+        table[last] = value
 
 
 def type_name(annotation: Any) -> str:
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
-        return " / ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in arguments)
+        return " / ".join(map(json.dumps, arguments))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " or ".join(type_name(value) for value in arguments if value is not type(None))
-    if typing.get_origin(annotation) is typing.Annotated:
-        return type_name(arguments[0])
     return str(annotation) if arguments else getattr(annotation, "__name__", str(annotation))
 
 
@@ -205,10 +179,6 @@ def dump_toml(values: dict[str, dict[str, Any]]) -> str:
     import tomli_w
 
     return tomli_w.dumps({name: {k: v for k, v in section.items() if v is not None} for name, section in values.items()})
-
-
-def data_root(given: str) -> str:
-    return os.path.abspath(given or os.environ.get("PLAINLOOP_DATA") or os.getcwd())
 
 
 def fail(error: UserError) -> None:

@@ -2,19 +2,38 @@
 
 import argparse
 import dataclasses
-import sys
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from engine import config
 from engine.config import Config, DataConfig, ModelConfig, UserError
 
+
+def rule(holds: Callable[[Any], Any], said: str) -> AfterValidator:
+    """What a value must be, where Field has no word for it."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(said)
+        return value
+
+    return AfterValidator(check)
+
+
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Space = dict[str, list[Any] | dict[str, Any]]
+Best = Annotated[str, rule(re.compile(r"auto|(max|min)\s+\S+").fullmatch, 'must be "max <metric>" or "min <metric>", such as "max f1"')]
+Size = Annotated[str, AfterValidator(lambda size: byte_count(size) and size)]
+Folds = Annotated[Count, rule(lambda count: count != 1, "must be 2 or more, or 0 for the validation part")]
+Space = Annotated[
+    dict[str, Any],
+    rule(lambda space: {*map(type, space.values())} <= {dict, list}, "each key needs a range, such as { low = 1, high = 3 }, or a list of choices"),
+]
 
 
 class Run(Config):
@@ -40,16 +59,8 @@ class Task(Config):
     """keyword arguments of the loss, such as { label_smoothing = 0.1 }"""
     metrics: list[str] = []
     """names from the model's file or engine/metrics.py; empty: the usual ones of the kind"""
-    best: str = "auto"
+    best: Best = "auto"
     """which evaluation is the best: "max f1", "min rmse"; "auto": the usual one of the kind"""
-
-    @field_validator("best")
-    @classmethod
-    def has_direction(cls, value: str) -> str:
-        words = value.split()
-        if value != "auto" and (len(words) != 2 or words[0] not in ("max", "min")):
-            raise ValueError('must be "max <metric>" or "min <metric>", such as "max f1"')
-        return value
 
 
 class Train(Config):
@@ -85,7 +96,7 @@ class Train(Config):
     """checkpoints of the best evaluations that are kept"""
     keep_last: Annotated[int, Field(gt=0)] = 1
     """newest checkpoints that are kept"""
-    max_shard: str = "5GB"
+    max_shard: Size = "5GB"
     """largest weight file of best/, such as "500MB"; a larger model is written as several with an index"""
     export: Literal["fp32", "bf16"] = "fp32"
     """precision of the weights in best/"""
@@ -95,12 +106,6 @@ class Train(Config):
     """train on the first N samples only: a model that cannot learn them by heart has a mistake in it; 0 = off"""
     profile: bool = False
     """record some steps with torch.profiler into the run folder"""
-
-    @field_validator("max_shard")
-    @classmethod
-    def is_size(cls, value: str) -> str:
-        byte_count(value)
-        return value
 
 
 class Optim(Config):
@@ -172,20 +177,12 @@ class Tune(Config):
     space: Space = {}
     """what is searched: "optim.lr" = { low = 1e-5, high = 1e-2, log = true }, "model.depth" = [2, 3, 4]"""
 
-    @field_validator("space", mode="before")
-    @classmethod
-    def has_ranges_or_lists(cls, value: Any) -> Any:
-        for key, wanted in value.items() if isinstance(value, dict) else ():
-            if not isinstance(wanted, dict | list):
-                raise ValueError(f"{key} must be a range, such as {{ low = 1, high = 3 }}, or a list of choices")
-        return value
-
 
 class Boost(Config):
     unchanged_result: ClassVar[set[str]] = {"screen", "level"}
     library: Literal["lightgbm", "xgboost"] = "lightgbm"
     """which gradient boosting"""
-    folds: Count = 0
+    folds: Folds = 0
     """folds of cross-validation over the training and validation rows; 0: trained on the former, stopped by the latter"""
     split: Literal["auto", "stratified", "group", "time"] = "auto"
     """how rows come into folds: the same classes (or values) in each; whole groups of data.group; later rows of the file after
@@ -204,13 +201,6 @@ class Boost(Config):
     """largest corrected p-value of a column that passes the screen"""
     params: dict[str, Any] = {}
     """handed to the library as they are"""
-
-    @field_validator("folds")
-    @classmethod
-    def is_no_single_fold(cls, value: int) -> int:
-        if value == 1:
-            raise ValueError("must be 2 or more, or 0 for the validation part")
-        return value
 
     @field_validator("params")
     @classmethod
@@ -249,15 +239,9 @@ class Settings:
         return {field.name: getattr(self, field.name).model_dump() for field in dataclasses.fields(self)}
 
 
-FIXED: dict[str, type[Config]] = {
-    "run": Run, "task": Task, "train": Train, "optim": Optim, "strategy": Strategy, "track": Track, "tune": Tune, "boost": Boost,
-}  # fmt: skip
-
-
 def classes(values: dict[str, Any]) -> tuple[dict[str, type[Config]], list[str]]:
     """The class of each section; those of data and model come from the files that they name. And a line a mistake."""
-    found: dict[str, type[Config]] = {}
-    errors = []
+    found, errors = get_type_hints(Settings), []
     for section, folder in (("data", "data"), ("model", "models")):
         given = values.get(section, {})
         try:
@@ -267,8 +251,8 @@ def classes(values: dict[str, Any]) -> tuple[dict[str, type[Config]], list[str]]
             found[section] = config.module(folder, given["name"]).Config
         except UserError as error:
             errors += error.lines
-    return {field.name: FIXED.get(field.name) or found[field.name] for field in dataclasses.fields(Settings)
-            if field.name in FIXED or field.name in found}, errors  # fmt: skip
+            del found[section]
+    return found, errors
 
 
 def from_values(values: dict[str, Any], default_label: str = "") -> Settings:
@@ -283,11 +267,11 @@ def from_values(values: dict[str, Any], default_label: str = "") -> Settings:
     if errors:
         raise UserError(*errors)
     data, model = sections["data"], sections["model"]
-    data = data.model_copy(update={"root": config.data_root(data.root), "label": data.label or default_label or data.name})
+    root = os.path.abspath(data.root or os.environ.get("PLAINLOOP_DATA") or os.getcwd())
     pretrained = Path(getattr(model, "pretrained", "")).name
-    if pretrained and getattr(data, "tokenizer", "") == "auto":
-        data = data.model_copy(update={"tokenizer": model.pretrained})
-    sections |= {"data": data, "model": model.model_copy(update={"label": model.label or pretrained or model.name})}
+    tokenizer = {"tokenizer": model.pretrained} if pretrained and getattr(data, "tokenizer", "") == "auto" else {}
+    sections["data"] = data.model_copy(update={"root": root, "label": data.label or default_label or data.name, **tokenizer})
+    sections["model"] = model.model_copy(update={"label": model.label or pretrained or model.name})
     return Settings(**sections)
 
 
@@ -299,7 +283,7 @@ def replaced(settings: Settings, changes: dict[str, Any]) -> Settings:
         key, _, entry = key.partition(".")
         table = values.setdefault(section, {})
         table[key] = {**table.get(key, {}), entry: value} if entry else value
-    return from_values({name: {k: v for k, v in section.items() if v is not None} for name, section in values.items()})
+    return from_values(values)
 
 
 def read(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
@@ -325,29 +309,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_line(
-    description: str, arguments: Sequence[str] | None = None, add: Callable[[argparse.ArgumentParser], Any] | None = None
+    description: str, add: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
 ) -> tuple[list[str | Path], list[str], argparse.Namespace]:
     """--config files, overrides and a script's own options. `--help` prints every key and leaves with status 0."""
     parser = Parser(description=description, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", metavar="FILE", help="TOML file; repeatable, later ones win")
     parser.add_argument("--help", "-h", action="store_true", help="print this and every key, with type, default and meaning")
-    if add:
-        add(parser)
+    add(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="one setting, as TOML")
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(arguments):
-        print_help(parser, arguments)
-        raise SystemExit(0)
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args()
     files: list[str | Path] = options.config or [config.ROOT / "conf" / "digits.toml"]
+    if options.help:
+        values, _ = read(files, [word for word in options.overrides if "=" in word])
+        print(parser.format_help(), config.describe(classes(values)[0]), sep="\n")
+        raise SystemExit(0)
     return files, options.overrides, options
-
-
-def print_help(parser: Parser, arguments: list[str]) -> None:
-    known, _ = parser.parse_known_args([word for word in arguments if word not in ("-h", "--help")])
-    values, _ = read(known.config or [config.ROOT / "conf" / "digits.toml"], [word for word in known.overrides if "=" in word])
-    print(parser.format_help())
-    print(config.describe(classes(values)[0]))
 
 
 def byte_count(text: str) -> int:

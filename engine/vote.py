@@ -38,6 +38,11 @@ class Saved:
     def split(self, _: str) -> slice:
         return slice(None)
 
+    def holds(self, ids: dict[str, Any], rows: slice, count: int) -> bool:
+        """Whether its `rows` are these `count`, as far as columns of both tell."""
+        shared = self.ids.keys() & ids.keys()
+        return len(self.values[rows]) == count and all(self.ids[name][rows] == list(map(str, ids[name])) for name in shared)
+
     def predict(self, rows: slice, logits: bool, _: None) -> np.ndarray:
         return boosting.margins(self.values[rows], self.info) if logits else self.values[rows]
 
@@ -81,8 +86,7 @@ class Vote:
         truth = self.targets(sets, self.first)
         for place, member in enumerate(self.members):
             if isinstance(member, Saved):
-                count, numbers = len(member.values), [str(row) for row in range(len(truth))]
-                same = count == len(truth) and member.ids.get("row", numbers) == numbers
+                count, same = len(member.values), member.holds({"row": range(len(truth))}, slice(None), len(truth))
             else:
                 count = len(sets[place])
                 same = count == len(truth) and np.allclose(self.targets(sets, place), truth, rtol=1e-4, atol=1e-6)
@@ -93,21 +97,19 @@ class Vote:
     def read(self, source: Path, count: int) -> Iterator[Any]:
         """A file to predict, in chunks, beside the same rows of saved predictions. Raises UserError where those are of others."""
         saved, start = [member for member in self.members if isinstance(member, Saved)], 0
+
+        def check(ids: dict[str, Any], rows: slice, count: int) -> None:
+            for member in saved:
+                if not member.holds(ids, rows, count):
+                    what = f"its {len(member.values)} rows, by {list(member.ids)}, are not those of {source}"
+                    raise UserError(f"{member.path}: {what}; it must predict the same rows in their order")
+
         for chunks in zip(*(member.read(source, count) for member in self.members if member not in saved), strict=True):
             rows, runs, ids = slice(start, start := start + len(chunks[0].dataset)), iter(chunks), chunks[0].ids
-            for member in saved:
-                others = [name for name in member.ids.keys() & ids.keys() if member.ids[name][rows] != list(map(str, ids[name]))]
-                if others or len(member.values) < start:
-                    what = f"its column {others[0]!r} is not" if others else f"its {len(member.values)} rows are not"
-                    raise UserError(f"{member.path}: {what} that of {source}; it must predict the same rows in their order")
-            yield SimpleNamespace(
-                dataset=[rows if member in saved else next(runs).dataset for member in self.members],
-                ids=ids,
-                labelled=all(chunk.labelled for chunk in chunks),
-            )
-        for member in saved:
-            if len(member.values) != start:
-                raise UserError(f"{member.path}: has {len(member.values)} rows, {source} {start}; it must predict the same rows")
+            check(ids, rows, len(chunks[0].dataset))
+            sets = [rows if member in saved else next(runs).dataset for member in self.members]
+            yield SimpleNamespace(dataset=sets, ids=ids, labelled=all(chunk.labelled for chunk in chunks))
+        check({}, slice(start, None), 0)
 
     def score(self, sets: list[Any]) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
         scorer = self.scorer()
@@ -129,6 +131,7 @@ class Vote:
     def fit(self) -> None:
         """Find the convex weights with the smallest log loss, or squared error, on the validation part. Raises UserError."""
         from scipy.optimize import minimize
+        from sklearn.metrics import log_loss, mean_squared_error
 
         for member in self.members:
             if isinstance(member, Saved):
@@ -144,10 +147,7 @@ class Vote:
 
         def loss(weights: np.ndarray) -> float:
             mixed = self.mix(parts, weights)
-            if not self.info.labels:
-                return float(np.mean((mixed - truth) ** 2))
-            of_truth = mixed[np.arange(len(truth)), truth.astype(int)] if mixed.ndim == 2 else np.where(truth > 0.5, mixed, 1 - mixed)
-            return float(-np.log(np.clip(of_truth, 1e-15, 1)).mean())
+            return log_loss(truth, mixed, labels=range(len(self.info.labels))) if self.info.labels else mean_squared_error(truth, mixed)
 
         count, sums = len(parts), {"type": "eq", "fun": lambda weights: weights.sum() - 1}
         found = minimize(loss, [1 / count] * count, method="SLSQP", bounds=[(0, 1)] * count, constraints=[sums], options={"ftol": 1e-10}).x

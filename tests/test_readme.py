@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import get_type_hints
 
 import pandas as pd
 import pytest
@@ -96,7 +97,7 @@ def test_the_tree_names_every_script_and_file():
 def test_keys_in_the_text_exist(key):
     section, name = key.split(".")
     folder = {"data": "data", "model": "models"}.get(section)
-    classes = [config.module(folder, file).Config for file in config.listing(folder)] if folder else [settings.FIXED[section]]
+    classes = [config.module(folder, file).Config for file in config.listing(folder)] if folder else [get_type_hints(settings.Settings)[section]]
     assert any(name in known.model_fields for known in classes)
 
 
