@@ -22,21 +22,15 @@ class Kind:
     """(output, info) -> what metrics take: probabilities [n] or [n, classes], or values in the target's own units [n]"""
 
 
-def probability(output: torch.Tensor, info: Any) -> torch.Tensor:
-    return output.float().sigmoid()
-
-
-def probabilities(output: torch.Tensor, info: Any) -> torch.Tensor:
-    return output.float().softmax(dim=-1)
-
-
 def value(output: torch.Tensor, info: Any) -> torch.Tensor:
     return output.double() * info.target_std + info.target_mean
 
 
 KINDS = {
-    "binary": Kind("bce", ("accuracy", "f1", "auroc"), "max accuracy", probability),
-    "multiclass": Kind("cross_entropy", ("accuracy", "macro_accuracy", "macro_f1"), "max accuracy", probabilities),
+    "binary": Kind("bce", ("accuracy", "f1", "auroc"), "max accuracy", lambda output, info: output.float().sigmoid()),
+    "multiclass": Kind(
+        "cross_entropy", ("accuracy", "macro_accuracy", "macro_f1"), "max accuracy", lambda output, info: output.float().softmax(dim=-1)
+    ),
     "regression": Kind("mse", ("rmse", "mae", "r2"), "min rmse", value),
 }
 
@@ -49,40 +43,22 @@ def kind_of(name: str, model_file: Any) -> Kind:
     return kinds[name]
 
 
-# Plain name -> class of torchmetrics and its arguments; "classes" stands for the number of classes.
-NAMED: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
-    "binary": {
-        "accuracy": ("BinaryAccuracy", {}),
-        "f1": ("BinaryF1Score", {}),
-        "precision": ("BinaryPrecision", {}),
-        "recall": ("BinaryRecall", {}),
-        "macro_accuracy": ("MulticlassAccuracy", {"num_classes": 2, "average": "macro"}),
-        "macro_f1": ("MulticlassF1Score", {"num_classes": 2, "average": "macro"}),
-        "auroc": ("BinaryAUROC", {}),
-        "average_precision": ("BinaryAveragePrecision", {}),
-    },
-    "multiclass": {
-        "accuracy": ("MulticlassAccuracy", {"num_classes": "classes", "average": "micro"}),
-        "macro_accuracy": ("MulticlassAccuracy", {"num_classes": "classes", "average": "macro"}),
-        "macro_f1": ("MulticlassF1Score", {"num_classes": "classes", "average": "macro"}),
-        "auroc": ("MulticlassAUROC", {"num_classes": "classes"}),
-        "average_precision": ("MulticlassAveragePrecision", {"num_classes": "classes"}),
-    },
-    "regression": {
-        "rmse": ("MeanSquaredError", {"squared": False}),
-        "mse": ("MeanSquaredError", {}),
-        "mae": ("MeanAbsoluteError", {}),
-        "r2": ("R2Score", {}),
-        "pearson": ("PearsonCorrCoef", {}),
-    },
+NAMED = {
+    "binary": ["accuracy", "f1", "precision", "recall", "macro_accuracy", "macro_f1", "auroc", "average_precision"],
+    "multiclass": ["accuracy", "macro_accuracy", "macro_f1", "auroc", "average_precision"],
+    "regression": ["rmse", "mse", "mae", "r2", "pearson"],
 }
+CLASSES = {
+    "accuracy": "Accuracy", "f1": "F1Score", "precision": "Precision", "recall": "Recall", "auroc": "AUROC", "average_precision": "AveragePrecision",
+    "rmse": "MeanSquaredError", "mse": "MeanSquaredError", "mae": "MeanAbsoluteError", "r2": "R2Score", "pearson": "PearsonCorrCoef",
+}  # fmt: skip
+"""of torchmetrics, by a score's name without "macro_", which is the mean over classes"""
 
 
 def best_rule(task: Any, info: Any, model_file: Any) -> tuple[str, str]:
     """("max" or "min", name of the score that decides)."""
     rule = kind_of(info.kind, model_file).best if task.best == "auto" else task.best
-    direction, score = rule.split()
-    return direction, score
+    return tuple(rule.split())
 
 
 def names(task: Any, info: Any, model_file: Any) -> list[str]:
@@ -91,7 +67,7 @@ def names(task: Any, info: Any, model_file: Any) -> list[str]:
     score = best_rule(task, info, model_file)[1]
     if score not in ("loss", *wanted):
         wanted.append(score)
-    known = NAMED.get(info.kind, {})
+    known = NAMED.get(info.kind, [])
     for name in wanted:
         if name not in known and not callable(getattr(model_file, name, None)):
             key = "task.best" if name == score and name not in task.metrics else "task.metrics"
@@ -107,11 +83,12 @@ def build(task: Any, info: Any, model_file: Any) -> dict[str, Any]:
     for name in names(task, info, model_file):
         if callable(own := getattr(model_file, name, None)):
             metric = own(info)
+        elif info.kind == "regression":
+            metric = getattr(torchmetrics, CLASSES[name])(**({"squared": False} if name == "rmse" else {}))
         else:
-            class_name, options = NAMED[info.kind][name]
-            options = {key: len(info.labels) if value == "classes" else value for key, value in options.items()}
-            module = torchmetrics.regression if info.kind == "regression" else torchmetrics.classification
-            metric = getattr(module, class_name)(**options)
+            task_name, average = "multiclass" if name.startswith("macro_") else info.kind, "micro" if name == "accuracy" else "macro"
+            make = getattr(torchmetrics, CLASSES[name.removeprefix("macro_")])
+            metric = make(task=task_name, num_classes=max(2, len(info.labels)), average=average)
         # In double precision: a float's sum over a million samples is off in the fourth digit.
         built[name] = metric.set_dtype(torch.float64)
         built[name].dist_sync_fn = gathered

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import urllib.parse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,27 @@ from engine import report, tracking
 from engine.config import UserError
 
 STYLE = """
-:root { color: #1f2430; background: #fff; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
-body { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem } body.wide { max-width: none; font-size: 14px; padding: 2rem 2.5rem }
-h1 { font-size: 1.5rem; font-weight: 650; letter-spacing: -.01em; margin: 0; overflow-wrap: anywhere }
-h2 { font-size: 1.05rem; font-weight: 650; margin: 2.2rem 0 .6rem } h3 { font-size: .9rem; margin: 0 0 .3rem } p { margin: .3rem 0 }
-.dim, th, dt { color: #6b7280 } .late { color: #a15c00 } a { color: #1d5fbf; text-decoration: none } a:hover { text-decoration: underline }
-code, pre { font: .85em/1.5 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere }
-pre { background: #f5f6f8; border-radius: 6px; padding: .7rem .9rem; margin: .5rem 0; white-space: pre-wrap } svg { display: block }
-table { border-collapse: collapse } th, td { text-align: left; padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid #eceef1 }
-th, td { white-space: nowrap } th { font-weight: 500; font-size: .85em } .n { text-align: right; font-variant-numeric: tabular-nums }
-td a { font-size: .9em; display: inline-block; max-width: 32rem; overflow: hidden; text-overflow: ellipsis; vertical-align: bottom }
-img { max-width: 100%; max-height: 46rem } dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .1rem 1.2rem }
-dl { margin: 0; font-size: .9em } dd { margin: 0; overflow-wrap: anywhere } th.sorts { cursor: pointer }
+:root { color: #1f2430; font: 15px/1.5 system-ui, sans-serif }
+body { max-width: 68rem; margin: 0 auto; padding: 2rem } body.wide { max-width: none; font-size: 14px }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem } h3 { font-size: .9rem; margin: 0 }
+.dim, th, dt { color: #6b7280 } .late { color: #a15c00 } a { color: #1d5fbf; text-decoration: none }
+pre { background: #f5f6f8; border-radius: 6px; padding: .7rem .9rem; white-space: pre-wrap; overflow-wrap: anywhere }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide thead th { cursor: pointer }
+th, td { text-align: left; padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid #eceef1; white-space: nowrap; font-weight: 400 }
+td a { display: inline-block; max-width: 32rem; overflow: hidden; text-overflow: ellipsis; vertical-align: bottom }
+img { max-width: 100%; max-height: 46rem } input { font: inherit; padding: .35rem .7rem; width: 20rem; margin: 1rem 0 }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .1rem 1.2rem; margin: 0 } dd { margin: 0; overflow-wrap: anywhere }
 .settings { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1.4rem 2.5rem }
-input { font: inherit; padding: .35rem .7rem; border: 1px solid #d5d9e0; border-radius: 6px; width: 20rem; margin: 1rem 0 }
 th[data-up="1"]::after { content: " \\2191" } th[data-up="0"]::after { content: " \\2193" }
 """
 SORT = """
-const body = document.querySelector("tbody"), heads = [...document.querySelectorAll("th.sorts")];
-heads.forEach(head => head.onclick = () => {
-  const number = head.classList.contains("n"), up = head.dataset.up ? head.dataset.up === "0" : !number;
+const body = document.querySelector("tbody"), heads = [...document.querySelectorAll("th")];
+heads.forEach((head, place) => head.onclick = () => {
+  const value = row => row.cells[place].textContent, number = [...body.rows].every(row => !isNaN(value(row)));
+  const up = head.dataset.up ? head.dataset.up === "0" : !number;  // the highest number first
   heads.forEach(other => delete other.dataset.up);
   head.dataset.up = up ? "1" : "0";
-  const value = row => row.cells[head.cellIndex].dataset.value, order = (a, b) => number ? a - b : a.localeCompare(b);
+  const order = (a, b) => number ? a - b : a.localeCompare(b, undefined, {numeric: true});
   const ordered = (a, b) => a === "" || b === "" ? (a === "") - (b === "") : up ? order(a, b) : order(b, a);
   body.append(...[...body.rows].sort((one, two) => ordered(value(one), value(two))));
 });
@@ -51,7 +49,6 @@ document.querySelector("input").oninput = event => {
   for (const row of body.rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
 };
 """
-FIRST = ["curves", "confusion", "residuals", "importance"]
 PARTS = {"best": "validation", "spread": "spread over folds", "valid": "validation, exported", "test": "test"}
 
 
@@ -62,14 +59,14 @@ class Run:
         self.folder, self.name = folder, folder.resolve().name
         self.settings, self.record = tomli.loads((folder / "config.toml").read_text()), tracking.read_record(folder)
         self.result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
-        self.lines = report.read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-        boosts = (folder / "folds").exists()
-        self.model = self.settings["boost"]["library"] if boosts else self.settings["model"]["label"]
-        self.strategy = ("boost" if boosts else self.settings["strategy"]["name"]) + (" tuned" if self.settings["run"].get("tuned") else "")
-        self.data, self.unused = self.settings["data"]["label"], {"model", "train", "optim", "strategy"} if boosts else {"boost"}
+        self.lines = report.read_lines(folder / "metrics.jsonl")
+        self.boosted = (folder / "folds").exists()
+        self.model = self.settings["boost"]["library"] if self.boosted else self.settings["model"]["label"]
+        self.strategy = ("boost" if self.boosted else self.settings["strategy"]["name"]) + (" tuned" if self.settings["run"].get("tuned") else "")
+        self.data = self.settings["data"]["label"]
         self.scores = self.result.get("test") or self.result.get("valid") or self.result.get("best") or {}
         last = self.lines[-1] if self.lines else {"step": 0, "clock": {"seconds": 0.0}}
-        self.step, self.seconds = self.result.get("step", last["step"]), self.result.get("clock", last["clock"]).get("seconds", 0.0)
+        self.step, self.minutes = self.result.get("step", last["step"]), self.result.get("clock", last["clock"]).get("seconds", 0.0) / 60
         self.commit = self.record.get("commit", "")[:7] + ("*" if self.record.get("dirty") else "")
         self.curves = [[line[part]["loss"] for line in self.lines] for part in ("train", "valid")] if self.lines else []
         self.curves += [json.loads(path.read_text())["valid"] for path in sorted((folder / "folds").glob("fold*.json"))]
@@ -85,17 +82,14 @@ def document(title: str, body: Sequence[str], kind: str = "") -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}{icon}</head>\n<body class="{kind}">\n{"".join(body)}\n</body></html>\n'
 
 
-def pairs(values: Iterable[tuple[str, Any]]) -> str:
-    return "<dl>" + "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in values if value != "") + "</dl>\n"
+def table(content: Any, **options: Any) -> str:
+    import pandas as pd
+
+    return pd.DataFrame(content).to_html(float_format="{:.4g}".format, na_rep="", border=0, **options)
 
 
-def row(cells: Iterable[tuple[str, Any, str]], tag: str = "td") -> str:
-    """A line of a table, of (class, value to sort by, HTML)."""
-    return "<tr>" + "".join(f'<{tag} class="{kind}" data-value="{text(str(value))}">{shown}</{tag}>' for kind, value, shown in cells) + "</tr>\n"
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+def pairs(values: dict[str, Any]) -> str:
+    return "<dl>" + "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in values.items() if value != "") + "</dl>\n"
 
 
 def spark(curves: Sequence[Sequence[float]], width: int = 110, height: int = 26) -> str:
@@ -114,67 +108,37 @@ def spark(curves: Sequence[Sequence[float]], width: int = 110, height: int = 26)
 def write(folder: Path, run: Run | None = None) -> None:
     """report.html of one run, from what lies in its folder, where that is not read already."""
     run = run or Run(folder)
-    facts = [
-        "finished" if run.result else "unfinished",
-        f"{'best at ' if run.result else ''}step {run.step:,}" if run.step else "",
-        duration(run.seconds),
-        run.commit,
-    ]
+    step = f"{'best at ' if run.result else ''}step {run.step:,}" if run.step else ""
+    facts = ["finished" if run.result else "unfinished", step, f"{run.minutes:.3g} minutes", run.commit]
     body = [f'<p class="dim">{text(run.model)} · {text(run.data)} · {text(run.strategy)}</p><h1>{text(run.name)}</h1>']
     body.append(f'<p class="dim">{" · ".join(text(fact) for fact in facts if fact)}</p>')
-    found = {title: run.result[part] for part, title in PARTS.items() if run.result.get(part)}
-    if found:
-        heads = row([("", "", ""), *(("n", "", title) for title in found)], "th")
-        names = list(next(iter(found.values())))
-        rows = [row([("", "", text(name)), *(("n", "", text(scores.get(name, ""))) for scores in found.values())]) for name in names]
-        body.append(f"<h2>Scores</h2><table>{heads}{''.join(rows)}</table>")
-        source = [f"best/, exported from checkpoints/{path.name}" for path in folder.glob(f"checkpoints/*-step={run.step:08d}")]
-        use = [*source, "best/" if (folder / "best").exists() else "folds/, the average of all"][0]
+    if run.result:
+        body.append(f"<h2>Scores</h2>{table({title: run.result[part] for part, title in PARTS.items() if run.result.get(part)})}")
+        source = [f"best/, exported from checkpoints/{source.name}" for source in folder.glob(f"checkpoints/*-step={run.step:08d}")]
+        use = [*source, "folds/, the average of all" if run.boosted else "best/"][0]
         command = text(f"python infer.py {folder} --input new.csv --output predictions.csv")
         body.append(f"<h2>Checkpoint to use</h2><p><code>{text(use)}</code></p><pre>{command}</pre>")
-    for picture in sorted(folder.glob("*.png"), key=lambda path: (FIRST.index(path.stem) if path.stem in FIRST else len(FIRST), path.stem)):
+    for picture in sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime):
         data = base64.b64encode(picture.read_bytes()).decode()
         body.append(f'<h2>{text(picture.stem.capitalize())}</h2><img alt="{text(picture.stem)}" src="data:image/png;base64,{data}">\n')
-    sections = [(name, values) for name, values in run.settings.items() if name not in run.unused | {"tune"}]
-    body.append('<h2>Settings</h2><div class="settings">')
-    body += [f"<div><h3>{text(name)}</h3>{pairs(values.items())}</div>" for name, values in sections]
-    nested = {key: ", ".join(f"{name} {part}" for name, part in value.items()) for key, value in run.record.items() if isinstance(value, dict)}
-    body.append(f"</div><h2>Origin</h2>{pairs((run.record | nested).items())}")
+    unused = {"tune", "model", "train", "optim", "strategy"} if run.boosted else {"tune", "boost"}
+    sections = [f"<div><h3>{text(name)}</h3>{pairs(values)}</div>" for name, values in run.settings.items() if name not in unused]
+    body.append(f'<h2>Settings</h2><div class="settings">{"".join(sections)}</div>')
+    body.append(f"<h2>Origin</h2>{pairs(run.record)}")
     (folder / "report.html").write_text(document(f"{run.model} on {run.data}", body))
 
 
-def read(folder: Path) -> Run | None:
-    """None, and a line that says so, for a run with a torn file: the others still have their table."""
-    try:
-        return Run(folder)
-    except (ValueError, LookupError) as error:
-        print(f"skipped {folder}: {error}", file=sys.stderr)
-        return None
-
-
-def run_folders(root: Path) -> list[Path]:
-    """Runs below a folder, the newest first."""
-    found = [path.parent for path in root.rglob("config.toml")]
-    runs = [path for path in found if any((path / name).exists() for name in ("metrics.jsonl", "checkpoints", "folds"))]
-    return sorted(runs, key=lambda path: -(path / "config.toml").stat().st_mtime)
-
-
 def index(root: Path, runs: Sequence[Run]) -> None:
-    """index.html of all runs: scores of the test part where there is one."""
-    names = list(dict.fromkeys(name for run in runs for name in run.scores))
-    heads = [*(("sorts", "", title) for title in ("model", "data", "strategy", "run")), ("", "", "loss")]
-    heads += [("sorts n", "", text(title)) for title in (*names, "step", "time", "date")] + [("sorts", "", "commit")]
-    rows = []
+    """index.html of all runs, the newest first: scores of the test part where there is one."""
+    names, rows = list(dict.fromkeys(name for run in runs for name in run.scores)), []
     for run in runs:
         link, when = urllib.parse.quote(os.path.relpath(run.folder / "report.html", root)), (run.folder / "config.toml").stat().st_mtime
         name = f'<a href="{link}" title="{text(run.name)}">{text(run.name)}</a>' + ("" if run.result else ' <span class="late">unfinished</span>')
-        cells = [("", value, text(value)) for value in (run.model, run.data, run.strategy)] + [("", run.name, name), ("", "", spark(run.curves))]
-        cells += [("n", run.scores.get(name, ""), text(run.scores.get(name, ""))) for name in names]
-        cells += [("n", run.step or "", f"{run.step:,}" if run.step else ""), ("n", run.seconds, duration(run.seconds))]
-        cells += [("n", when, time.strftime("%Y-%m-%d %H:%M", time.localtime(when))), ("", run.commit, f"<code>{text(run.commit)}</code>")]
-        rows.append(row(cells))
+        row = {"model": text(run.model), "data": text(run.data), "strategy": text(run.strategy), "run": name, "curve": spark(run.curves)}
+        row |= {name: run.scores.get(name) for name in names} | {"step": run.step or "", "minutes": run.minutes}
+        rows.append(row | {"date": time.strftime("%Y-%m-%d %H:%M", time.localtime(when)), "commit": text(run.commit)})
     body = [f'<h1>{len(runs)} runs</h1><p class="dim">{text(str(root))}</p><input placeholder="filter by words, sort by a click on a head">']
-    body.append(f"<table><thead>{row(heads, 'th')}</thead><tbody>{''.join(rows)}</tbody></table><script>{SORT}</script>")
+    body.append(f"{table(rows, escape=False, index=False)}<script>{SORT}</script>")
     (root / "index.html").write_text(document(f"{len(runs)} runs", body, "wide"))
 
 
@@ -182,7 +146,13 @@ def main() -> None:
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         raise UserError("python -m engine.report: takes one folder of runs, such as runs/")
     root = Path(sys.argv[1])
-    runs = [run for folder in run_folders(root) if (run := read(folder))]
+    runs = []
+    for path in sorted(root.rglob("config.toml"), key=lambda path: -path.stat().st_mtime):
+        if any((path.parent / name).exists() for name in ("metrics.jsonl", "checkpoints", "folds")):
+            try:
+                runs.append(Run(path.parent))
+            except (ValueError, LookupError) as error:  # a torn file: the others still have their table
+                print(f"skipped {path.parent}: {error}", file=sys.stderr)
     for run in runs:
         page, parts = run.folder / "report.html", [run.folder / name for name in ("config.toml", "metrics.jsonl", "result.json", "tracker.json")]
         if not page.exists() or any(part.exists() and part.stat().st_mtime > page.stat().st_mtime for part in parts):

@@ -1,4 +1,4 @@
-"""Processes: exit status, one word for all ranks, stopping together, dying with the launcher, one owner a run folder."""
+"""Processes: exit status, one word for all ranks, stopping together, dying with the launcher, one owner a run folder, whole files."""
 
 import ctypes
 import fcntl
@@ -209,6 +209,16 @@ def lock(folder: Path) -> IO[str]:
 def alive(owner: str) -> bool:
     words = owner.split()
     return len(words) == 4 and words[3] == socket.gethostname() and Path("/proc", words[1]).exists()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all, also through a kill or a full disk."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with open(aside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
 
 def check_shared(folder: Path) -> None:

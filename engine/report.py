@@ -25,17 +25,11 @@ class Journal:
     """A file of one JSON object a line, cut back to a step when a run resumes, so that no line stands twice."""
 
     def __init__(self, run: Path | None, name: str, step: int):
-        self.file = None
-        if run is None or process.rank() > 0:
-            return
-        path = run / name
-        kept = [line for line in read_lines(path) if line["step"] <= step] if path.exists() else []
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(text)
-        os.replace(aside, path)
-        self.file = open(path, "ab", buffering=0)
-        self.pending = b""
+        self.file, self.pending = None, b""
+        if run and process.rank() == 0:
+            kept = [json.dumps(line) + "\n" for line in read_lines(run / name) if line["step"] <= step]
+            process.write_text(run / name, "".join(kept))
+            self.file = open(run / name, "ab", buffering=0)
 
     def write(self, line: dict[str, Any]) -> None:
         """Times and rates belong inside line["clock"]: all else is equal in a run that was killed and one that was not."""
@@ -51,21 +45,18 @@ class Journal:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; a kill may have torn the last one."""
+    """The whole lines of a journal, if there is one; a kill may have torn the last one."""
     lines = []
-    for text in path.read_text().splitlines():
-        try:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for text in path.read_text().splitlines():
             lines.append(json.loads(text))
-        except ValueError:
-            break
     return lines
 
 
 def history(run: Path, step: int) -> list[dict[str, Any]]:
     """All that was logged up to a step, in the order of steps."""
-    paths = [run / name for name in ("steps.jsonl", "metrics.jsonl")]
-    lines = [line for path in paths if path.exists() for line in read_lines(path) if line["step"] <= step]
-    return sorted(lines, key=lambda line: line["step"])
+    lines = [*read_lines(run / "steps.jsonl"), *read_lines(run / "metrics.jsonl")]
+    return sorted((line for line in lines if line["step"] <= step), key=lambda line: line["step"])
 
 
 class Clock:
@@ -105,28 +96,20 @@ class Clock:
         return {"seconds": round(now - self.begun, 3)} | rates
 
 
-class Journals:
+class Journals(contextlib.ExitStack):
     """metrics.jsonl, a line an evaluation; steps.jsonl, a line each train.log_every; the tracker; the bar or lines on the screen."""
 
     def __init__(self, run: Path | None, step: int, total: int, tracker: Any = None):
         from tqdm import tqdm
 
+        super().__init__()
         self.tell = tracker.log if tracker else lambda line: None
         self.evaluations, self.steps = Journal(run, "metrics.jsonl", step), Journal(run, "steps.jsonl", step)
-        self.silent = run is None or process.rank() > 0
-        hidden = self.silent or not sys.stderr.isatty()  # a bar on a terminal, plain lines elsewhere
+        hidden = self.steps.file is None or not sys.stderr.isatty()  # a bar on a terminal, plain lines elsewhere
         self.bar = tqdm(initial=step, total=total, unit="step", disable=hidden, dynamic_ncols=True, mininterval=0.5)
-
-    def __enter__(self) -> "Journals":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
-        self.evaluations.close()
-        self.steps.close()
-
-    def tick(self) -> None:
-        self.bar.update()
+        self.tick = self.bar.update
+        for part in (self.steps, self.evaluations, self.bar):
+            self.callback(part.close)
 
     def log(self, line: dict[str, Any]) -> None:
         self.steps.write(line)
@@ -136,9 +119,11 @@ class Journals:
     def evaluation(self, line: dict[str, Any], improved: bool) -> None:
         self.evaluations.write(line)
         self.tell(line)
-        if not self.silent:
+        if self.steps.file:
             self.bar.clear()
-            print(evaluation_line(line, improved), flush=True)
+            scores = "".join(f"  |  {split}: {scores_text(line[split])}" for split in ("train", "valid"))
+            rate = f"  |  {line['clock']['samples_per_second']:,.0f} samples/s" + ("  * best" if improved else "")
+            print(f"epoch {line['epoch']:g}  step {line['step']}{scores}{rate}", flush=True)
 
 
 def profiler(run: Path | None, wanted: bool) -> Any:
@@ -166,14 +151,12 @@ def prediction_table(info: Any, predictions: np.ndarray, target: np.ndarray, mos
 
 def parameter_lines(model: nn.Module) -> list[str]:
     """Parameters by block, with their share and what is frozen."""
-    rows = []
+    lines = [f"parameters {parameter_count(model.parameters()):,}"]
     for name, block in model.named_children():
-        count = parameter_count(block.parameters())
-        if count:
-            rows.append((name, count, parameter_count(p for p in block.parameters() if p.requires_grad)))
-    total = parameter_count(model.parameters())
-    lines = [f"  {name:<20} {count:>12,}" + ("" if trained == count else f"  ({trained:,} trained)") for name, count, trained in rows]
-    return [f"parameters {total:,}", *lines]
+        if count := parameter_count(block.parameters()):
+            trained = parameter_count(parameter for parameter in block.parameters() if parameter.requires_grad)
+            lines.append(f"  {name:<20} {count:>12,}" + ("" if trained == count else f"  ({trained:,} trained)"))
+    return lines
 
 
 def parameter_count(parameters: Iterable[nn.Parameter]) -> int:
@@ -185,28 +168,22 @@ def scores_text(scores: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" if abs(value) < 1e4 else f"{name} {value:.6g}" for name, value in scores.items())
 
 
-def evaluation_line(line: dict[str, Any], improved: bool) -> str:
-    parts = [f"epoch {line['epoch']:g}  step {line['step']}"]
-    parts += [f"{split}: {scores_text(line[split])}" for split in ("train", "valid")]
-    return "  |  ".join(parts) + f"  |  {line['clock']['samples_per_second']:,.0f} samples/s" + ("  * best" if improved else "")
-
-
-def figure(width: float = 7, height: float = 4) -> tuple[Any, Any]:
+def figure(width: float = 7, height: float = 4, columns: int = 1) -> tuple[Any, Any]:
+    """A drawing and its axis, or the array of its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(drawing)  # no display, no global state
-    return drawing, drawing.add_subplot()
+    return drawing, drawing.subplots(1, columns)
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], score: str, best: int, path: Path) -> None:
     """Loss and the score that decides, training beside validation, over epochs; a circle at the evaluation of step `best`."""
     names = ["loss"] if score == "loss" else ["loss", score]
-    drawing, _ = figure(6 * len(names), 4)
-    drawing.clear()
+    drawing, axes = figure(6 * len(names), 4, len(names))
     epochs = [line["epoch"] for line in lines]
-    for axis, name in zip(np.atleast_1d(drawing.subplots(1, len(names))), names, strict=True):
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
         for split, style in (("train", "--"), ("valid", "-")):
             axis.plot(epochs, [line[split].get(name) for line in lines], style, marker=".", label=split)
         for line in (line for line in lines if line["step"] == best):
@@ -217,7 +194,7 @@ def draw_curves(lines: Sequence[dict[str, Any]], score: str, best: int, path: Pa
     drawing.savefig(path)
 
 
-def draw_confusion(predictions: np.ndarray, target: np.ndarray, labels: Sequence[str], path: Path) -> None:
+def confusion(predictions: np.ndarray, target: np.ndarray, labels: Sequence[str]) -> Any:
     """Rows are true classes, columns predicted ones; shades are shares of a row. `predictions` are class indices [n]."""
     count = len(labels)
     table = np.bincount(target * count + predictions, minlength=count * count).reshape(count, count)
@@ -232,14 +209,12 @@ def draw_confusion(predictions: np.ndarray, target: np.ndarray, labels: Sequence
         axis.set_xticks(range(count), labels, rotation=45, ha="right")
         axis.set_yticks(range(count), labels)
     axis.set(xlabel="predicted", ylabel="true")
-    drawing.savefig(path, bbox_inches="tight")
+    return drawing
 
 
-def draw_residuals(predictions: np.ndarray, target: np.ndarray, path: Path) -> None:
+def residuals(predictions: np.ndarray, target: np.ndarray) -> Any:
     """Predicted against true values, and how the errors spread; both [n], in the target's own units."""
-    drawing, _ = figure(11, 4.5)
-    drawing.clear()
-    left, right = drawing.subplots(1, 2)
+    drawing, (left, right) = figure(11, 4.5, 2)
     shown = np.linspace(0, len(target) - 1, min(len(target), 5000)).astype(int)
     left.plot(target[shown], predictions[shown], ".", ms=3, alpha=0.4)
     ends = [min(target.min(), predictions.min()), max(target.max(), predictions.max())]
@@ -248,32 +223,24 @@ def draw_residuals(predictions: np.ndarray, target: np.ndarray, path: Path) -> N
     errors = predictions - target
     right.hist(errors, bins=60 if np.ptp(errors) > 1e-9 * np.abs(errors).max() else 1)  # numpy refuses 60 of next to no width
     right.set(xlabel="predicted - true", ylabel="samples")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    drawing.savefig(path)
-
-
-def draw_spread(predictions: np.ndarray, path: Path) -> None:
-    """How predictions spread, of a kind of task that a model brings."""
-    drawing, axis = figure()
-    axis.hist(predictions.ravel(), bins=60)
-    axis.set(xlabel="prediction", ylabel="samples")
-    drawing.savefig(path)
+    left.grid(alpha=0.3)
+    right.grid(alpha=0.3)
+    return drawing
 
 
 def draw_predictions(info: Any, predictions: np.ndarray, target: np.ndarray, run: Path) -> str:
     """confusion.png, residuals.png or predictions.png, by the kind of task. `predictions` are probabilities or values. Returns its name."""
-    if info.kind == "binary":
-        draw_confusion((predictions > 0.5).astype(int), target.astype(int), info.labels, run / "confusion.png")
-    elif predictions.ndim == 2 and info.labels:
-        draw_confusion(predictions.argmax(1), target.astype(int), info.labels, run / "confusion.png")
+    if info.kind == "binary" or (predictions.ndim == 2 and info.labels):
+        classes = predictions > 0.5 if predictions.ndim == 1 else predictions.argmax(1)
+        name, drawing = "confusion.png", confusion(classes.astype(int), target.astype(int), info.labels)
     elif info.kind == "regression":
-        draw_residuals(predictions, target, run / "residuals.png")
-        return "residuals.png"
-    else:
-        draw_spread(predictions, run / "predictions.png")
-        return "predictions.png"
-    return "confusion.png"
+        name, drawing = "residuals.png", residuals(predictions, target)
+    else:  # a kind that a model brings: how its predictions spread
+        name, (drawing, axis) = "predictions.png", figure()
+        axis.hist(predictions.ravel(), bins=60)
+        axis.set(xlabel="prediction", ylabel="samples")
+    drawing.savefig(run / name, bbox_inches="tight")
+    return name
 
 
 if __name__ == "__main__":
