@@ -9,7 +9,6 @@ the epoch. "target" is the key the losses read. A dataset whose samples do not c
 `weights(indices) -> float tensor [b]`; a weight belongs to a sample, so no process ever needs to ask another.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +63,3 @@ class Rows:
     ids: dict[str, list]
     """columns copied to the predictions: the id column, or {"row": [...]}"""
     labelled: bool
-
-
-RowsReader = Iterator[Rows]

@@ -6,22 +6,25 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def folder() -> Path:
     return Path(os.environ.get("PLAINLOOP_CACHE") or Path(os.environ.get("PLAINLOOP_RUNS") or "runs", "cache"))
 
 
-def key_of(settings: Any, contents: Iterable[Any] = ()) -> str:
+def key_of(what: str, settings: Any, contents: Iterable[Any] = ()) -> str:
     """A name for what follows from plain settings and from contents (buffers of bytes)."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     for content in contents:
         digest.update(hashlib.blake2b(content, digest_size=16).digest())
-    return digest.hexdigest()
+    return f"{what}-{digest.hexdigest()}"
 
 
 def kept(key: str, write: Callable[[Path], None]) -> Path:
@@ -41,6 +44,47 @@ def kept(key: str, write: Callable[[Path], None]) -> Path:
     return place
 
 
-def mapped(path: Path) -> np.ndarray:
-    """A .npy file as a read-only array that takes no memory of its own."""
-    return np.load(path, mmap_mode="r")
+@dataclass
+class Arrays:
+    """Arrays of rows, [length, ...], end to end in one."""
+
+    values: np.ndarray
+    starts: np.ndarray  # int64 [n + 1]: row i is values[starts[i] : starts[i + 1]]
+    more: dict[str, Any]  # JSON: what else was found
+    pad: float = 0
+
+    def padded(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """[b, t, ...] and bool [b, t], True where there is something; t is of the longest, in eights."""
+        starts, sizes = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
+        columns = np.arange(-(-max(int(sizes.max()), 1) // 8) * 8)
+        values = self.values[np.minimum(starts[:, None] + columns, len(self.values) - 1)]
+        values[columns >= sizes[:, None]] = self.pad
+        # Of an empty row one place of padding counts: a softmax over nothing is NaN.
+        return torch.from_numpy(values), torch.from_numpy(columns < np.maximum(sizes, 1)[:, None])
+
+
+def packed(read: Callable[[dict[str, Any]], Iterable[np.ndarray]], dtype: type, key: str = "") -> Arrays:
+    """The arrays that `read(more)` yields, one a row, all of one shape [length, ...] or empty; it may leave JSON in `more`.
+
+    With a key they are memory-mapped, and read only where its folder is not there yet.
+    """
+    if not key:
+        more: dict[str, Any] = {}
+        arrays = [np.asarray(array, dtype) for array in read(more)]
+        values = np.concatenate([array for array in arrays if len(array)] or [np.empty(0, dtype)])
+        return Arrays(values, np.cumsum([0, *map(len, arrays)]), more)
+
+    def write(folder: Path) -> None:
+        more, starts, shape = {}, [0], []
+        with open(folder / "values", "wb") as values:
+            for array in read(more):
+                np.asarray(array, dtype).tofile(values)
+                starts.append(starts[-1] + len(array))
+                shape = list(array.shape[1:]) or shape
+            values.write(bytes(8))  # an empty file could not be mapped
+        np.save(folder / "starts.npy", np.array(starts))
+        (folder / "more.json").write_text(json.dumps({"shape": shape, "more": more}))
+
+    place = kept(key, write)
+    starts, told = np.load(place / "starts.npy"), json.loads((place / "more.json").read_text())
+    return Arrays(np.memmap(place / "values", dtype, "r", shape=(int(starts[-1]), *told["shape"])), starts, told["more"])

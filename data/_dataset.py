@@ -9,11 +9,13 @@ from engine.config import UserError
 
 
 class TableDataset(Dataset):
-    """Rows of tensors [n, ...] that several parts share; `index` (int64) names this part's, None means all."""
+    """Rows of tensors [n, ...] that several parts share; `index` (int64) names this part's, None means all. It has `weights` where they are given."""
 
     def __init__(self, columns: dict[str, Tensor], index: Tensor | None = None, sample_weights: Tensor | None = None) -> None:
         self.columns, self.index, self.sample_weights = columns, index, sample_weights
         self.length = len(index if index is not None else next(iter(columns.values())))
+        if sample_weights is not None:
+            self.weights = self.weights_of
 
     def __len__(self) -> int:
         return self.length
@@ -21,6 +23,9 @@ class TableDataset(Dataset):
     def rows(self, positions: Tensor) -> Tensor:
         rows = positions % self.length
         return rows if self.index is None else self.index.index_select(0, rows)
+
+    def weights_of(self, indices: Tensor) -> Tensor:
+        return self.sample_weights.index_select(0, self.rows(indices))
 
     def __getitems__(self, positions: Tensor) -> dict[str, Tensor]:
         rows = self.rows(positions)
@@ -31,20 +36,12 @@ class TableDataset(Dataset):
         return batch
 
 
-class WeightedTableDataset(TableDataset):
-    """Samples that do not count alike."""
-
-    def weights(self, indices: Tensor) -> Tensor:
-        return self.sample_weights.index_select(0, self.rows(indices))
-
-
 def part_dataset(columns: dict[str, Tensor], rows: np.ndarray, weights: Tensor | None) -> TableDataset:
     """Views of adjacent rows need no index, which saves a lookup a batch."""
-    index, first, stop = torch.from_numpy(rows), int(rows[0]), int(rows[-1]) + 1
-    if stop - first == len(rows):
-        index, columns = None, {name: column[first:stop] for name, column in columns.items()}
-        weights = None if weights is None else weights[first:stop]
-    return (TableDataset if weights is None else WeightedTableDataset)(columns, index, weights)
+    first, stop = int(rows[0]), int(rows[-1]) + 1
+    if stop - first != len(rows):
+        return TableDataset(columns, torch.from_numpy(rows), weights)
+    return TableDataset({name: column[first:stop] for name, column in columns.items()}, None, None if weights is None else weights[first:stop])
 
 
 def split_rows(classes: np.ndarray, labels: list[str], groups: np.ndarray | None, shares: dict[str, float], seed: int) -> dict[str, np.ndarray]:

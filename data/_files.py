@@ -18,7 +18,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 from pyarrow.parquet import ParquetFile
 
-from engine.config import UserError
+from engine.config import UserError, suggestion
 
 COMPRESSION = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 FOREIGN = {b"PK\x03\x04": "a zip archive or an Excel workbook", b"\xd0\xcf\x11\xe0": "an Excel workbook", b"\xfd7zXZ": "an xz archive"}
@@ -37,6 +37,11 @@ class Source:
     quote: str = '"'
     compression: str | None = None
     skip: int = 0  # lines before the rows: the header, and blank ones above it
+
+    def require(self, key: str, name: str) -> None:
+        """Raises UserError where there is no column of the name that data.<key> gives."""
+        if name not in self.names:
+            raise UserError(f"data.{key} = {name!r}: {self.path} has no such column{suggestion(name, self.names)}")
 
     def batches(self, names: list[str], rows: int = 65536) -> Iterator[pa.Table]:
         """Tables of 1 to `rows` rows: text columns from a CSV, typed ones from Parquet. Raises UserError."""
@@ -93,8 +98,6 @@ def open_source(path: Path, key: str, separator: str = "", encoding: str = "", q
         elif ".parquet" in path.suffixes:
             raise UserError(f"{where}: is not Parquet, whatever its name; write it again")
         elif {".jsonl", ".ndjson"} & {*path.suffixes}:
-            if not sample.strip():
-                raise UserError(f"{path}: the file is empty; it needs an object a line")
             source.table = pa_json.read_json(pa.input_stream(str(path), compression=compression))
             source.names = source.table.column_names
         else:

@@ -1,195 +1,173 @@
-"""Tables whose rows name files (images, sounds, signals), and what was read from those files, kept memory-mapped."""
+"""Tables whose rows name files or hold texts, and what is read of them."""
 
+import contextlib
+import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from data import Info, Rows, _cache
-from data.table import Files, Samples, batch_target, read_samples
-from engine.config import UserError, suggestion
+from data import Info, Rows, Splits, _cache
+from data._dataset import TableDataset
+from data._samples import Files, Samples, batch_target, new_rows, read_samples
+from engine.config import UserError
 
 
 class Config(Files):
     on_bad: Literal["error", "skip"] = "error"
-    """what becomes of a row whose file is missing or damaged: the end with the row named, or a row less, and a count"""
+    """what becomes of a row whose file or text is missing or damaged: the end with the row named, or a row less, and a count"""
 
 
 @dataclass
-class Listing:
-    """All n rows, those of the training file first."""
+class Listing(Samples):
+    """Rows of tables; of a file to predict there is one part, "input"."""
 
-    texts: dict[str, list[str | None]]
-    """the wanted columns"""
-    folders: list[Path]
-    """where each row's relative paths start: at its table"""
-    where: list[str]
-    """table and row, for messages"""
-    rows: dict[str, np.ndarray]
-    """int64 rows of each part, ascending; of a file to predict there is one part, "input\""""
-    info: Info
-    target: Tensor | None
-    """[n], as in a batch"""
-    samples: Samples | None = None
-    """of training files"""
-    ids: dict[str, list] = field(default_factory=dict)
+    texts: dict[str, Any]
+    """the wanted columns, pyarrow.ChunkedArray [n] of texts"""
+    places: list[tuple[Path, int, int]]
+    """tables, the number of the first row that is of each, and that row's number in the file"""
+    ids: dict[str, list]
     """of a file to predict"""
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """The table of a row, and which row of it that is, from 1."""
+        path, first, number = [place for place in self.places if place[1] <= row][-1]
+        return path, row - first + number + 1
 
     def files(self, column: str) -> list[Path | None]:
-        return [folder / name if name else None for folder, name in zip(self.folders, self.texts[column], strict=True)]
+        """The files that a column names. Relative paths start at the table."""
+        return [self.place(row)[0].parent / name if name else None for row, name in enumerate(self.texts[column].to_pylist())]
 
     def skip(self, bad: dict[int, str], on_bad: str) -> None:
         """Leave out bad rows, and note how many. Raises UserError for the first one unless they are to be skipped, or if none is left."""
-        lines = [f"{self.where[row]}: {why}" for row, why in sorted(bad.items())]
-        if not lines:
+        if not bad:
             return
+        path, number = self.place(min(bad))
+        first = f"{path}: row {number}: {bad[min(bad)]}"
         if on_bad == "error":
-            more = f" ({len(lines) - 1:,} more rows are bad)" if len(lines) > 1 else ""
-            raise UserError(f'{lines[0]}{more}; correct it, or leave such rows out with data.on_bad = "skip"')
+            more = f" ({len(bad) - 1:,} more rows are bad)" if len(bad) > 1 else ""
+            raise UserError(f'{first}{more}; correct it, or leave such rows out with data.on_bad = "skip"')
         self.rows = {part: np.setdiff1d(rows, list(bad)) for part, rows in self.rows.items()}
         for part, rows in self.rows.items():
             if not len(rows) and part != "input":
-                raise UserError(f"data.{part}: every row is bad; the first is {lines[0]}")
-        self.notes.append(f"skipped {len(lines):,} bad rows; the first is {lines[0]}")
+                raise UserError(f"data.{part}: every row is bad; the first is {first}")
+        self.notes.append(f"skipped {len(bad):,} bad rows; the first is {first}")
 
-    def input(self, dataset: Dataset) -> Rows:
-        """A file to predict. It has no other place for its notes than the screen."""
+    def splits(self, dataset: type[TableDataset], config: Config, *read: Any, more: dict[str, Any], files: dict[str, str] | None = None) -> Splits:
+        """All parts, of a dataset's class, and of what was read for it; `more` belongs to Info."""
+        parts = {"test": None} | {part: dataset(self, part, config, *read) for part in self.rows}
+        return Splits(**parts, info=dataclasses.replace(self.info, more=more), preprocessing={}, notes=self.notes, files=files or {})
+
+    def new(self, dataset: type[TableDataset], config: Config, *read: Any) -> Iterator[Rows]:
+        """A chunk of a file to predict, if a row is left. It has no other place for its notes than the screen."""
         for note in self.notes:
             print(note, file=sys.stderr)
-        kept = self.rows["input"]
-        return Rows(dataset, {name: [ids[row] for row in kept] for name, ids in self.ids.items()}, self.target is not None)
+        if len(kept := self.rows["input"]):
+            ids = {name: [ids[row] for row in kept] for name, ids in self.ids.items()}
+            yield Rows(dataset(self, "input", config, *read), ids, self.target is not None)
 
 
-class Part(Dataset):
-    """Rows of one part of a listing; a subclass adds to `labels` what was read from the rows' files."""
+class Part(TableDataset):
+    """Rows of one part of a listing, with "target" where it is known; a subclass adds to a batch what was read of the rows."""
 
     def __init__(self, listing: Listing, part: str, config: Config) -> None:
-        self.index, self.target, self.config = listing.rows[part], listing.target, config
-        self.sample_weights = listing.samples.part_weights(part, config.balance) if listing.samples else None
-        self.weights = None if self.sample_weights is None else self.weights_of
+        columns = {} if listing.target is None else {"target": batch_target(listing.target, listing.info)}
+        super().__init__(columns, torch.from_numpy(listing.rows[part]), listing.part_weights(part, config.balance))
 
-    def __len__(self) -> int:
-        return len(self.index)
 
-    def rows(self, positions: Tensor) -> np.ndarray:
-        return self.index[positions.numpy() % len(self)]
+class Sequences(Part):
+    """Rows of unequal length. A batch: "tokens" int64 [b, t] or "text" float32 [b, t, size], with "mask" bool [b, t], True where there is
+    something; "audio" float32 [b, t, size] or [b, t], with "audio_mask"; and "target"."""
 
-    def weights_of(self, indices: Tensor) -> Tensor:
-        return self.sample_weights[torch.from_numpy(self.rows(indices))]
+    def __init__(self, listing: Listing, part: str, config: Any, arrays: dict[str, _cache.Arrays]) -> None:
+        super().__init__(listing, part, config)
+        self.arrays = arrays
+        first = next(iter(arrays.values()))
+        self.lengths = torch.from_numpy(np.diff(first.starts))[self.index] if config.group_lengths else None
 
-    def labels(self, rows: np.ndarray) -> dict[str, Tensor]:
-        return {} if self.target is None else {"target": self.target[torch.from_numpy(rows)]}
+    def __getitems__(self, positions: Tensor) -> dict[str, Tensor]:
+        batch, rows = super().__getitems__(positions), self.rows(positions).numpy()
+        for name, arrays in self.arrays.items():
+            values, batch["audio_mask" if name == "audio" else "mask"] = arrays.padded(rows)
+            batch[name] = values.long() if name == "tokens" else values
+        return batch
 
 
 def read(config: Config, kind: str, wanted: dict[str, str], sources: dict[str, Any] | None = None) -> Listing:
     """The rows of the training files. `wanted` are columns by the key that names them. Raises UserError."""
-    import pyarrow as pa
+    from data import _columns
 
     sources, notes = sources or config.sources(), []
     for source in sources.values():
         for key, name in (wanted | {key: getattr(config, key) for key in ("target", "group", "weight")}).items():
-            if name and name not in source.names:
-                raise UserError(f"data.{key} = {name!r}: {source.path} has no such column{suggestion(name, source.names)}")
+            if name:
+                source.require(key, name)
     samples = read_samples(sources, config, kind, notes)
-    texts: dict[str, list] = {name: [] for name in wanted.values()}
-    folders, where = [], []
-    for source in sources.values():
-        for name in texts:
-            texts[name] += source.column(name).cast(pa.string()).to_pylist()
-        size = len(source.column(config.target))
-        folders += [source.path.parent] * size
-        where += [f"{source.path}: row {row + 1}" for row in range(size)]
-    return Listing(texts, folders, where, samples.rows, samples.info, batch_target(samples.target, samples.info), samples, notes=notes)
+    texts = {name: _columns.plain_texts(_columns.of(sources, name)) for name in wanted.values()}
+    starts = np.cumsum([0, *(len(source.column(config.target)) for source in sources.values())]).tolist()
+    places = [(source.path, start, 0) for source, start in zip(sources.values(), starts, strict=False)]
+    return Listing(**vars(samples), texts=texts, places=places, ids={}, notes=notes)
 
 
-def chunks(source: Any, config: Config, info: Any, wanted: list[str], count: int) -> Iterator[Listing]:
-    """A table to predict, `count` rows at a time; its target is optional. Raises UserError for a column that it lacks."""
-    import pyarrow as pa
-
+def chunks(source: Any, config: Config, info: Info, wanted: Iterable[str], count: int) -> Iterator[Listing]:
+    """A table to predict (data._files.Source), `count` rows at a time; its target is optional. Raises UserError for a column that it lacks."""
     from data import _columns
 
-    for name in wanted:
-        if name not in source.names:
-            raise UserError(f"{source.path}: has no column {name!r}, which the run was trained with{suggestion(name, source.names)}")
-    start = 0
-    for batch in source.batches([name for name in source.names if name in {*wanted, config.target, config.id}], count):
-        texts = {name: batch.column(name).cast(pa.string()).to_pylist() for name in wanted}
-        target = None
-        if config.target in batch.column_names:
-            known = _columns.known_target(batch.column(config.target), f"{source.path}: column {config.target!r}", info, start)
-            target = batch_target(known, info)
-        rows = np.arange(len(batch))
-        ids = {config.id: batch.column(config.id).to_pylist()} if config.id in batch.column_names else {"row": (rows + start).tolist()}
-        where = [f"{source.path}: row {start + row + 1}" for row in rows]
-        yield Listing(texts, [source.path.parent] * len(batch), where, {"input": rows}, info, target, ids=ids)
-        start += len(batch)
+    for table, start, target, ids in new_rows(source, [*wanted], config.target, config.id, info, count):
+        texts = {name: _columns.plain_texts([(table.column(name), f"{source.path}: column {name!r}")]) for name in wanted}
+        yield Listing(target, {"input": np.arange(len(table))}, None, None, info, texts, [(source.path, 0, start)], ids, [])
 
 
-@dataclass
-class Arrays:
-    """Arrays of the rows, flat, one after the other; a bad row's is empty."""
+def read_files(
+    files: list[Any], read: Callable[[Any], np.ndarray], dtype: type, settings: list | None = None
+) -> tuple[_cache.Arrays, dict[int, str]]:
+    """What `read` gives of each file, and what is wrong with bad ones (its UserError) by row; they are empty.
 
-    values: np.ndarray
-    starts: np.ndarray  # int64 [n + 1]
-    bad: dict[int, str]
+    With settings it is memory-mapped from a cache keyed by them and by the names, sizes and times of the files.
+    """
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.values[self.starts[row] : self.starts[row + 1]]
-
-
-def read_all(count: int, read_row: Callable[[int], np.ndarray]) -> Iterator[np.ndarray | str]:
-    """Each row's array, or what is wrong with it, in order; by threads, since decoders let other threads run."""
-
-    def attempt(row: int) -> np.ndarray | str:
+    def attempt(file: Any) -> np.ndarray | str:
         try:
-            return read_row(row)
+            if file is None:
+                raise UserError("names no file")
+            if isinstance(file, Path) and not file.exists():
+                raise UserError(f"{file}: no such file")
+            return read(file)
         except UserError as error:
             return str(error)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, count, 256):  # no more than 256 wait in memory
-            yield from pool.map(attempt, range(start, min(start + 256, count)))
+    def arrays(more: dict[str, Any]) -> Iterator[np.ndarray]:
+        more["bad"] = []
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders let other threads run
+            for start in range(0, len(files), 256):  # no more than 256 wait in memory
+                for row, found in enumerate(pool.map(attempt, files[start : start + 256]), start):
+                    if isinstance(found, str):
+                        more["bad"].append((row, found))
+                    yield np.empty(0, dtype) if isinstance(found, str) else found
+
+    key = ""
+    if settings:
+        facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) if file and file.exists() else str(file) for file in files]
+        key = _cache.key_of("files", settings, [repr(facts).encode()])
+    found = _cache.packed(arrays, dtype, key)
+    return found, dict(found.more["bad"])
 
 
-def gathered(count: int, dtype: type, read_row: Callable[[int], np.ndarray]) -> Arrays:
-    """What `read_row` gives of each row, in memory."""
-    found = list(read_all(count, read_row))
-    bad = {row: why for row, why in enumerate(found) if isinstance(why, str)}
-    arrays = [np.empty(0, dtype) if row in bad else np.asarray(array, dtype).ravel() for row, array in enumerate(found)]
-    return Arrays(np.concatenate(arrays), np.cumsum([0, *map(len, arrays)]), bad)
-
-
-def cached(settings: list, files: list[Path | None], dtype: type, read_row: Callable[[int], np.ndarray]) -> Arrays:
-    """As `gathered`, memory-mapped from a cache keyed by these settings and by the names, sizes and times of the files."""
-
-    def write(folder: Path) -> None:
-        starts, bad = [0], []
-        with open(folder / "values", "wb") as values:
-            for row, found in enumerate(read_all(len(files), read_row)):
-                if isinstance(found, str):
-                    bad.append(f"{row} {found}")
-                else:
-                    np.asarray(found, dtype).tofile(values)
-                starts.append(values.tell() // np.dtype(dtype).itemsize)
-            values.write(bytes(8))  # an empty file could not be mapped
-        np.save(folder / "starts.npy", np.array(starts))
-        (folder / "bad").write_text("\0".join(bad))
-
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) if file and file.exists() else str(file) for file in files]
-    folder = _cache.kept(_cache.key_of(settings, [repr(facts).encode()]), write)
-    lines = [line.partition(" ") for line in (folder / "bad").read_text().split("\0") if line]
-    starts = np.load(folder / "starts.npy")
-    values = np.memmap(folder / "values", dtype, "r", shape=(int(starts[-1]),))
-    return Arrays(values, starts, {int(row): why for row, _, why in lines})
+def first(files: Iterable[Any], read: Callable[[Any], Any]) -> Any:
+    """What `read` gives of the first file that can be read; None where none can."""
+    for file in files:
+        with contextlib.suppress(UserError):
+            if file is not None:
+                return read(file)
+    return None
 
 
 def shares(positions: Tensor, seed: int, count: int) -> np.ndarray:

@@ -3,9 +3,11 @@
 Normalisation is part of the tokenizer, so whoever loads it from best/ has the same.
 """
 
+import dataclasses
+import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +36,7 @@ def made(config: Tokenizing, chunks: Callable[[], Iterable[list[str]]]) -> dict[
     """The tokenizer's files, as transformers names them. One that is learned is so from `chunks` of texts. Raises UserError."""
     if config.tokenizer not in (*LEARNED, "auto"):
         return pretrained(config)
-    key = _cache.key_of(["tokenizer", config.tokenizer, config.vocabulary, config.normalize], contents(chunks()))
+    key = _cache.key_of("tokenizer", [config.tokenizer, config.vocabulary, config.normalize], contents(chunks()))
     place = _cache.kept(key, lambda folder: learn(config, chunks()).save(str(folder / "tokenizer.json")))
     described = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL}
     return {"tokenizer.json": (place / "tokenizer.json").read_text(), "tokenizer_config.json": json.dumps(described, indent=1)}
@@ -70,20 +72,19 @@ def pretrained(config: Tokenizing) -> dict[str, str]:
 
 
 def learn(config: Tokenizing, chunks: Iterable[list[str]]) -> Any:
+    """A tokenizer (of the package tokenizers)."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    special, size = list(SPECIAL.values()), config.vocabulary
+    shared = {"vocab_size": config.vocabulary, "special_tokens": [*SPECIAL.values()], "show_progress": False}
     if config.tokenizer == "bpe":
-        tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
-        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+        tokenizer, trainer = Tokenizer(models.BPE(unk_token="[UNK]")), trainers.BpeTrainer(**shared)
     else:
-        tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-        trainer = trainers.WordLevelTrainer(vocab_size=size, min_frequency=2, special_tokens=special, show_progress=False)
-    tokenizer.normalizer = normalizers.Sequence(normalizer(config.normalize))
+        tokenizer, trainer = Tokenizer(models.WordLevel(unk_token="[UNK]")), trainers.WordLevelTrainer(min_frequency=2, **shared)
     if config.tokenizer == "characters":
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
     else:
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.normalizer = normalizers.Sequence(normalizer(config.normalize))
     tokenizer.train_from_iterator(chunks, trainer)
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
@@ -93,11 +94,11 @@ def learn(config: Tokenizing, chunks: Iterable[list[str]]) -> Any:
 def normalizer(names: list[str]) -> list[Any]:
     from tokenizers import Regex, normalizers
 
-    plain = {"nfc": "NFC", "nfkc": "NFKC", "nfd": "NFD", "nfkd": "NFKD", "lower": "Lowercase", "accents": "StripAccents"}
-    replaced = {"spaces": (r"\s+", " "), "repeats": (r"(?<=(.)\1)\1+", "")}
-    made = {name: getattr(normalizers, kind) for name, kind in plain.items()}
-    made |= {name: lambda pattern=pattern, text=text: normalizers.Replace(Regex(pattern), text) for name, (pattern, text) in replaced.items()}
-    return [made[name]() for name in names]
+    steps = {name: getattr(normalizers, name.upper()) for name in ("nfc", "nfkc", "nfd", "nfkd")}
+    steps |= {"lower": normalizers.Lowercase, "accents": normalizers.StripAccents}
+    steps["spaces"] = functools.partial(normalizers.Replace, Regex(r"\s+"), " ")
+    steps["repeats"] = functools.partial(normalizers.Replace, Regex(r"(?<=(.)\1)\1+"), "")
+    return [steps[name]() for name in names]
 
 
 def opened(text: str, max_length: int = 0) -> Any:
@@ -106,10 +107,9 @@ def opened(text: str, max_length: int = 0) -> Any:
 
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_padding()
+    tokenizer.no_truncation()
     if max_length:
         tokenizer.enable_truncation(max_length)
-    else:
-        tokenizer.no_truncation()
     return tokenizer
 
 
@@ -122,27 +122,16 @@ def facts(files: dict[str, str]) -> dict[str, Any]:
     return {"vocabulary": tokenizer.get_vocab_size(), "pad": numbers.get("pad", 0), "end": end}
 
 
-def encode(tokenizer: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray, int]:
-    """int32 tokens of the texts end to end, int64 [n + 1] where each begins, and how many texts were cut."""
-    found = tokenizer.encode_batch_fast(texts)
-    offsets = np.cumsum([0, *(len(one) for one in found)])
-    return np.concatenate([np.array(one.ids, np.int32) for one in found]), offsets, sum(bool(one.overflowing) for one in found)
+def encode(tokenizer: Any, chunks: Iterable[list[str]], more: dict[str, Any]) -> Iterator[np.ndarray]:
+    """int32 tokens of each text; more["cut"] counts the texts that were cut."""
+    more["cut"] = 0
+    for texts in chunks:
+        for found in tokenizer.encode_batch_fast(texts):
+            more["cut"] += bool(found.overflowing)
+            yield np.array(found.ids, np.int32)
 
 
-def stored(files: dict[str, str], max_length: int, chunks: Callable[[], Iterable[list[str]]]) -> tuple[np.ndarray, np.ndarray, int]:
-    """As `encode`, memory-mapped, of chunks of texts: tokenized once, chunk by chunk."""
-
-    def write(folder: Path) -> None:
-        tokenizer, offsets, cut = opened(files["tokenizer.json"], max_length), [np.zeros(1, np.int64)], 0
-        with open(folder / "tokens.bin", "wb") as file:
-            for texts in chunks():
-                tokens, more, beyond = encode(tokenizer, texts)
-                tokens.tofile(file)
-                offsets.append(offsets[-1][-1] + more[1:])
-                cut += beyond
-        np.save(folder / "offsets.npy", np.concatenate(offsets))
-        (folder / "cut.json").write_text(json.dumps(cut))
-
-    place = _cache.kept(_cache.key_of(["tokens", files["tokenizer.json"], max_length], contents(chunks())), write)
-    tokens = np.memmap(place / "tokens.bin", np.int32, "r") if (place / "tokens.bin").stat().st_size else np.zeros(0, np.int32)
-    return tokens, _cache.mapped(place / "offsets.npy"), json.loads((place / "cut.json").read_text())
+def tokens(tokenizer: Any, chunks: Callable[[], Iterable[list[str]]], pad: int = 0, cache: bool = True) -> _cache.Arrays:
+    """As `encode`, memory-mapped from a cache where there is one: cut once, chunk by chunk."""
+    key = _cache.key_of("tokens", tokenizer.to_str(), contents(chunks())) if cache else ""
+    return dataclasses.replace(_cache.packed(lambda more: encode(tokenizer, chunks(), more), np.int32, key), pad=pad)

@@ -40,23 +40,23 @@ class Config(_tokenizer.Tokenizing):
 
 
 class Blocks(Dataset):
-    """Blocks first to last of packed tokens. A batch: "tokens" int64 [b, block + 1], of which the last is only predicted;
+    """Some blocks of packed tokens. A batch: "tokens" int64 [b, block + 1], of which the last is only predicted;
     "target" int64 [b], how many are predicted: fewer than `block` at the end of the text, where the rest is filled."""
 
-    def __init__(self, tokens: np.ndarray, block: int, first: int, last: int) -> None:
-        self.tokens, self.tokens_per_sample, self.first, self.last = tokens, block, first, last
+    def __init__(self, tokens: np.ndarray, block: int, blocks: range) -> None:
+        self.tokens, self.tokens_per_sample, self.blocks = tokens, block, blocks
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return len(self.blocks)
 
     def weights(self, indices: Tensor) -> Tensor:
         """Tokens predicted, float32 [b]: a loss is a mean over tokens."""
-        starts = (indices + self.first) * self.tokens_per_sample
+        starts = (indices + self.blocks.start) * self.tokens_per_sample
         return (len(self.tokens) - 1 - starts).clamp(max=self.tokens_per_sample).float()
 
     def __getitems__(self, positions: Tensor) -> dict[str, Tensor]:
         indices = positions % len(self)
-        places = (indices.numpy()[:, None] + self.first) * self.tokens_per_sample + np.arange(self.tokens_per_sample + 1)
+        places = (indices.numpy()[:, None] + self.blocks.start) * self.tokens_per_sample + np.arange(self.tokens_per_sample + 1)
         tokens = self.tokens[np.minimum(places, len(self.tokens) - 1)].astype(np.int64)
         return {"tokens": torch.from_numpy(tokens), "target": self.weights(indices).long()}
 
@@ -65,19 +65,19 @@ def load(config: Config, kind: str = "auto") -> Splits:
     """Blocks for a model of the kind "language". Raises UserError for what is wrong with the files."""
     given = {part: paths(config, part) for part in ("train", "valid", "test") if getattr(config, part)}
     files = _tokenizer.made(config, lambda: chunks(documents(given["train"], config)))
-    packed = {part: _tokenizer.stored(files, 0, lambda found=found: chunks(documents(found, config)))[0] for part, found in given.items()}
-    whole = {part: blocks_of(tokens, config.block) for part, tokens in packed.items()}
-    count, parts = whole["train"], {}
+    tokenizer = _tokenizer.opened(files["tokenizer.json"])
+    packed = {part: _tokenizer.tokens(tokenizer, lambda found=found: chunks(documents(found, config))).values for part, found in given.items()}
+    blocks = {part: range(blocks_of(tokens, config.block)) for part, tokens in packed.items()}
     for part, share in (("valid", config.valid_fraction), ("test", config.test_fraction)):
         if part not in given and share:
-            size = max(1, round(share * whole["train"]))
-            parts[part], count = Blocks(packed["train"], config.block, count - size, count), count - size
-    parts |= {part: Blocks(tokens, config.block, 0, whole[part] if part != "train" else count) for part, tokens in packed.items()}
-    for part, dataset in ((part, parts[part]) for part in ("train", "valid", "test") if part in parts):
-        if dataset.last <= max(dataset.first, 0):
+            size = max(1, round(share * blocks_of(packed["train"], config.block)))
+            packed[part], blocks[part], blocks["train"] = packed["train"], blocks["train"][-size:], blocks["train"][:-size]
+    parts = {part: Blocks(packed[part], config.block, blocks[part]) for part in ("train", "valid", "test") if part in blocks}
+    for part, dataset in parts.items():
+        if not len(dataset):
             raise UserError(f"data.{part}: too little text for a block of data.block = {config.block} tokens; give more files or a smaller block")
     info = Info("language", 1, more=_tokenizer.facts(files) | {"max_length": config.block})
-    notes = [f"{part}: {len(parts[part]):,} blocks of {config.block} tokens" for part in ("train", "valid", "test") if part in parts]
+    notes = [f"{part}: {len(dataset):,} blocks of {config.block} tokens" for part, dataset in parts.items()]
     return Splits(parts["train"], parts["valid"], parts.get("test"), info, {}, notes, files)
 
 
@@ -100,9 +100,8 @@ def documents(files: list[Path], config: Config) -> Iterator[str]:
     for path in files:
         if config.text:
             source = open_source(path, "data.train", encoding=config.encoding)
-            if config.text not in source.names:
-                raise UserError(f"data.text = {config.text!r}: {path} has no such column")
-            texts: Any = (text for batch in source.batches([config.text]) for text in batch.column(0).to_pylist())
+            source.require("text", config.text)
+            texts: Any = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in source.batches([config.text]))
         else:
             try:
                 texts = [path.read_text(config.encoding)]
@@ -114,12 +113,14 @@ def documents(files: list[Path], config: Config) -> Iterator[str]:
 
 
 def chunks(texts: Iterator[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
+    """Lists of texts, together at least CHUNK characters each but the last."""
+    chunk, size = [], 0
     for text in texts:
         chunk.append(text)
-        if sum(map(len, chunk)) >= CHUNK:
+        size += len(text)
+        if size >= CHUNK:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if chunk:
         yield chunk
 
@@ -128,8 +129,7 @@ def read_rows(path: str | Path, config: Config, preprocessing: dict[str, Any], i
     """Blocks of a file's documents, each document by itself: an id is the document's number and the block's. Raises UserError."""
     tokenizer = _tokenizer.opened(Path(preprocessing["folder"], "tokenizer.json").read_text())
     for number, text in enumerate(documents([Path(path)], config)):
-        tokens, _, _ = _tokenizer.encode(tokenizer, [text])
-        for first in range(0, blocks_of(tokens, config.block), chunk_rows):
-            last = min(first + chunk_rows, blocks_of(tokens, config.block))
-            ids = {"document": [number] * (last - first), "block": list(range(first, last))}
-            yield Rows(Blocks(tokens, config.block, first, last), ids, True)
+        tokens = _tokenizer.tokens(tokenizer, lambda text=text: [[text]], cache=False).values
+        whole = range(blocks_of(tokens, config.block))
+        for blocks in (whole[first : first + chunk_rows] for first in whole[::chunk_rows]):
+            yield Rows(Blocks(tokens, config.block, blocks), {"document": [number] * len(blocks), "block": [*blocks]}, True)

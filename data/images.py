@@ -4,9 +4,6 @@ Every image is decoded once, scaled, and kept as bytes in a memory-mapped cache;
 jitter of the training part are a pure function of (seed, epoch, index).
 """
 
-import contextlib
-import dataclasses
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from data import Info, Rows, Splits, _listing
+from data import Info, Rows, Splits, _cache, _listing
 from engine.config import UserError
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -49,21 +46,34 @@ class Config(_listing.Config):
             raise ValueError("valid and test are of no use without train; name the training folder or table too")
         return self
 
+    def open(self, path: str | Path, key: str = "--input") -> Any:
+        """A table of image files, or a folder of them as such a table (data._files.Source), with the folder that each lies in as its label."""
+        folder = Path(path)
+        if not folder.is_dir():
+            return super().open(path, key)
+        files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
+        if not files:
+            raise UserError(f"{key} = {str(path)!r}: no image lies in this folder; known endings: {' '.join(sorted(ENDINGS))}")
+        columns = {self.file: [str(file) for file in files]}
+        if all(len(file.parts) > 1 for file in files):
+            columns[self.target] = [file.parts[0] for file in files]
+        elif key != "--input":
+            raise UserError(f"{key} = {str(path)!r}: {files[0]} lies in no folder of a class; move it into one, or give a table of paths and labels")
+        return in_memory(folder / "folder", columns)
+
 
 class Images(_listing.Part):
     """A batch: "image" float32 [b, channels, size, size] in [0, 1], and "target"."""
 
-    def __init__(self, listing: _listing.Listing, part: str, config: Config, pixels: _listing.Arrays, shape: list[int]) -> None:
+    def __init__(self, listing: _listing.Listing, part: str, config: Config, pixels: _cache.Arrays) -> None:
         super().__init__(listing, part, config)
-        self.pixels, self.augment = pixels.values.reshape(-1, *shape), part == "train"
-        self.places = pixels.starts // math.prod(shape)  # not the rows, since a bad one has no pixels
+        self.pixels, self.config, self.augment = pixels, config, part == "train"
 
     def __getitems__(self, positions: Tensor) -> dict[str, Tensor]:
-        rows = self.rows(positions)
-        image = self.pixels[self.places[rows]]
+        image = self.pixels.values[self.pixels.starts[self.rows(positions).numpy()]]  # not of the rows themselves, since a bad one has no pixels
         if self.augment:
             image = augmented(image, positions, self.config)
-        return {"image": torch.from_numpy(image).float() / 255, **self.labels(rows)}
+        return {"image": torch.from_numpy(image).float() / 255, **super().__getitems__(positions)}
 
 
 def augmented(image: np.ndarray, positions: Tensor, config: Config) -> np.ndarray:
@@ -81,94 +91,58 @@ def augmented(image: np.ndarray, positions: Tensor, config: Config) -> np.ndarra
     return image
 
 
-def open_images(path: Path, key: str, config: Config) -> Any:
-    """A table (data._files.Source) of image files: of a folder, each labelled with the name of the folder it lies in, or as it is."""
+def in_memory(path: Path, columns: dict[str, Any]) -> Any:
     import pyarrow as pa
-
-    from data._files import Source, open_source
-
-    if not path.is_dir():
-        return open_source(path, key, config.separator, config.encoding, config.quote)
-    files = sorted(file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
-    if not files:
-        raise UserError(f"{key} = {str(path)!r}: no image lies in this folder; known endings: {' '.join(sorted(ENDINGS))}")
-    columns = {config.file: [str(file) for file in files]}
-    if all(len(file.parts) > 1 for file in files):
-        columns[config.target] = [file.parts[0] for file in files]
-    elif key != "--input":
-        raise UserError(f"{key} = {str(path)!r}: {files[0]} lies in no folder of a class; move it into one, or give a table of paths and labels")
-    return Source(path / "folder", [*columns], table=pa.table(columns))
-
-
-def bundled(config: Config) -> tuple[Any, np.ndarray]:
-    """The digits as a table, and their pixels [n, 8, 8]."""
-    import pyarrow as pa
-    from sklearn.datasets import load_digits
 
     from data._files import Source
 
-    bunch = load_digits()
-    columns = {config.file: [str(row) for row in range(len(bunch.target))], config.target: bunch.target}
-    return Source(Path("digits"), [*columns], table=pa.table(columns)), (bunch.images * 255 / 16).round().astype(np.uint8)
+    return Source(path, [*columns], table=pa.table(columns))
 
 
-def decode(source: Path | np.ndarray | None, shape: list[int] | None = None) -> np.ndarray:
-    """uint8 [channels, size, size]; without such a shape that of the image. Raises UserError."""
+def decode(source: Path | np.ndarray, shape: list[int] | None = None) -> np.ndarray:
+    """uint8 [1, channels, size, size]; without such a shape that of the image. Raises UserError."""
     from PIL import Image, ImageOps
 
-    if source is None:
-        raise UserError("names no image")
     try:
         with Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source) as image:
             image = ImageOps.exif_transpose(image)
             image = image.convert("L" if (shape[0] == 1 if shape else image.mode in ("1", "L", "LA", "I;16")) else "RGB")
             pixels = np.asarray(ImageOps.fit(image, (shape[1] if shape else min(image.size),) * 2, Image.Resampling.BILINEAR))
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{source}: cannot be read as an image ({str(error).replace(repr(str(source)), 'it')})") from None
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return pixels[None, None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)[None]
 
 
 def load(config: Config, kind: str = "auto") -> Splits:
-    images: Any = None
-    if config.train:
-        names = {"train": config.train, "valid": config.valid, "test": config.test}
-        tables = {part: open_images(config.path(name), f"data.{part}", config) for part, name in names.items() if name}
-    else:
-        table, images = bundled(config)
-        tables = {"train": table}
-    listing = _listing.read(config, kind, {"file": config.file}, tables)
-    files = listing.files(config.file)
-    shape = first_shape(files if images is None else images, config)
-    if images is None:
-        pixels = _listing.cached(["images", *shape], files, np.uint8, lambda row: decode(files[row], shape))
-        listing.skip(pixels.bad, config.on_bad)
-    else:
-        pixels = _listing.gathered(len(images), np.uint8, lambda row: decode(images[row], shape))
-    info = dataclasses.replace(listing.info, more={"image": shape})
-    parts = {part: Images(listing, part, config, pixels, shape) for part in listing.rows}
-    return Splits(parts["train"], parts["valid"], parts.get("test"), info, {"image": shape}, listing.notes)
+    """Raises UserError for what is wrong with the files."""
+    sources, images = None, []
+    if not config.train:
+        from sklearn.datasets import load_digits
 
-
-def first_shape(images: Any, config: Config) -> list[int]:
-    """[channels, size, size] of the settings, or of the first image that can be read."""
+        digits = load_digits()
+        images = list((digits.images * 255 / 16).round().astype(np.uint8))
+        sources = {"train": in_memory(Path("digits"), {config.file: list(map(str, range(len(images)))), config.target: digits.target})}
+    listing = _listing.read(config, kind, {"file": config.file}, sources)
+    images = images or listing.files(config.file)
     channels, size = {"auto": 0, "grey": 1, "rgb": 3}[config.colour], config.size
-    for image in images:
-        if channels and size:
-            break
-        with contextlib.suppress(UserError):
-            shape = decode(image).shape
-            channels, size = channels or shape[0], size or shape[1]
-    return [channels or 3, size or 8, size or 8]
+    if not channels or not size:
+        found = _listing.first(images, decode)
+        _, first_channels, side, _ = (1, 3, 8, 8) if found is None else found.shape
+        channels, size = channels or first_channels, size or side
+    shape = [channels, size, size]
+    pixels = read_pixels(listing, images, config, shape, cache=bool(config.train))
+    return listing.splits(Images, config, pixels, more={"image": shape})
+
+
+def read_pixels(listing: _listing.Listing, images: list, config: Config, shape: list[int], cache: bool) -> _cache.Arrays:
+    """uint8 [n, channels, size, size] in all. Bad rows are left out of the parts."""
+    pixels, bad = _listing.read_files(images, lambda image: decode(image, shape), np.uint8, ["images", *shape] if cache else None)
+    listing.skip(bad, config.on_bad)
+    return pixels
 
 
 def read_rows(path: str | Path, config: Config, preprocessing: dict[str, Any], info: Info, chunk_rows: int = 4096) -> Iterator[Rows]:
     """A table or a folder of images to predict, at most 4,096 decoded at a time."""
-    shape = preprocessing["image"]
-    for listing in _listing.chunks(open_images(Path(path), "--input", config), config, info, [config.file], min(chunk_rows, 4096)):
-        files = listing.files(config.file)
-        pixels = _listing.gathered(len(files), np.uint8, lambda row, files=files: decode(files[row], shape))
-        listing.skip(pixels.bad, config.on_bad)
-        if len(listing.rows["input"]):
-            yield listing.input(Images(listing, "input", config, pixels, shape))
+    for listing in _listing.chunks(config.open(path), config, info, [config.file], min(chunk_rows, 4096)):
+        pixels = read_pixels(listing, listing.files(config.file), config, info.more["image"], cache=False)
+        yield from listing.new(Images, config, pixels)

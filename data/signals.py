@@ -5,6 +5,7 @@ of clips: the row's own window in the middle, and those of the rows before and a
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,27 +42,29 @@ class Windows(_listing.Part):
     """Sequences of clips. A batch: "signal" float32 [b, clips, channels, (regions,) window]; "target" [b] and "targets" [b, clips] in
     beats per minute, NaN beyond the ends of a recording."""
 
-    def __init__(self, listing: _listing.Listing, part: str, config: Config, recordings: dict[Path, np.ndarray]) -> None:
+    def __init__(self, listing: _listing.Listing, part: str, config: Config, recordings: list[np.ndarray | None], starts: np.ndarray) -> None:
+        """The recording of each row, and the first sample of its window."""
         super().__init__(listing, part, config)
-        self.files, self.starts, self.recordings = listing.files(config.file), starts(listing, config), recordings
+        self.config, self.recordings, self.starts = config, recordings, starts
         self.stretch = config.stretch if part == "train" else 0.0
-        self.clips, self.inside = neighbours([str(self.files[row]) for row in self.index], self.starts[self.index], config.clips)
+        names = np.array([id(recordings[row]) for row in listing.rows[part]])  # rows of one file share its array
+        self.clips, self.inside = neighbours(names, starts[listing.rows[part]], config.clips)
 
     def __getitems__(self, positions: Tensor) -> dict[str, Tensor]:
         places = positions.numpy() % len(self)
-        clips = self.index[self.clips[places]]
+        clips = self.index.numpy()[self.clips[places]]
         factors = (1 + self.stretch) ** (2 * _listing.shares(positions, self.config.augment_seed, 1)[:, 0] - 1)
         signal = np.stack([[self.window(row, factor) for row in sample] for sample, factor in zip(clips, factors, strict=True)])
         batch = {"signal": torch.from_numpy(signal)}
-        if self.target is not None:
-            targets = self.target[torch.from_numpy(clips)] * torch.from_numpy(factors).float()[:, None]
+        if "target" in self.columns:
+            targets = self.columns["target"][torch.from_numpy(clips)] * torch.from_numpy(factors).float()[:, None]
             batch["targets"] = targets.where(torch.from_numpy(self.inside[places]), torch.nan)
             batch["target"] = targets[:, self.config.clips // 2]
         return batch
 
     def window(self, row: int, factor: float) -> np.ndarray:
         """float32 [..., window]: the row's window, or `factor` times as much of the recording around it, squeezed into as many samples."""
-        recording, count, start = self.recordings[self.files[row]], self.config.window, self.starts[row]
+        recording, count, start = self.recordings[row], self.config.window, self.starts[row]
         if factor == 1:
             return np.array(recording[..., start : start + count], np.float32)
         length = recording.shape[-1]
@@ -73,14 +76,7 @@ class Windows(_listing.Part):
         return np.nan_to_num(left + weight * (part[..., whole - whole[0] + 1] - left))
 
 
-def starts(listing: _listing.Listing, config: Config) -> np.ndarray:
-    """First samples of the windows; 0 for a bad row, which is in no part."""
-    good = {row for rows in listing.rows.values() for row in rows.tolist()}
-    texts = listing.texts.get(config.start, ["0"] * len(listing.where))
-    return np.array([int(float(text)) if row in good else 0 for row, text in enumerate(texts)])
-
-
-def neighbours(files: list[str], starts: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def neighbours(files: np.ndarray, starts: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows before and after each row in its file by their starts, int64 [n, count], the last repeated; bool [n, count], where there was one."""
     names = np.unique(files, return_inverse=True)[1]
     order = np.lexsort((starts, names))
@@ -91,31 +87,42 @@ def neighbours(files: list[str], starts: np.ndarray, count: int) -> tuple[np.nda
     return order[found], found == wanted
 
 
-def opened(listing: _listing.Listing, config: Config, shape: list[int]) -> dict[Path, np.ndarray]:
-    """The memory-mapped files; rows whose windows are not whole and finite are skipped. `shape` is that of the run, or set to the first file's."""
-    recordings: dict[Path, np.ndarray] = {}
-    bad = {}
-    for row, file in enumerate(listing.files(config.file)):
+def windows(listing: _listing.Listing, config: Config, shape: list[int] | None = None) -> tuple[list[np.ndarray | None], np.ndarray, list[int]]:
+    """Each row's recording, memory-mapped, and first sample, int64 [n]; and the recordings' shape without samples: that of the run, or of
+    the first file. Rows whose windows are not whole and finite are left out of the parts."""
+    files = listing.files(config.file)
+    texts = listing.texts[config.start].to_pylist() if config.start else ["0"] * len(files)
+    opened = functools.cache(recording)
+    found, starts, bad = [None] * len(files), np.zeros(len(files), np.int64), {}
+    for row, (file, text) in enumerate(zip(files, texts, strict=True)):
         try:
-            if file not in recordings:
-                recordings[file] = np.load(file or "", mmap_mode="r")
-            recording = recordings[file]
-            shape[:] = shape or recording.shape[:-1]
-            if recording.ndim not in (2, 3) or recording.dtype.kind not in "fiu" or list(recording.shape[:-1]) != shape:
-                wanted = f"a recording of numbers {[*shape, 'samples']}, [channels, samples] or [channels, regions, samples]"
-                raise UserError(f"{file}: is {recording.dtype} {list(recording.shape)}, not {wanted}")
-            check_window(file, recording, listing.texts[config.start][row] if config.start else "0", config.window)
-        except FileNotFoundError:
-            bad[row] = f"{file}: no such file"
-        except (OSError, ValueError, EOFError) as error:
-            bad[row] = f"{file}: cannot be read as .npy: {error}"
+            found[row] = opened(file)
+            shape = shape or list(found[row].shape[:-1])
+            if list(found[row].shape[:-1]) != shape:
+                raise UserError(f"{file}: is {found[row].dtype} {list(found[row].shape)}, not a recording {[*shape, 'samples']}")
+            starts[row] = first_sample(found[row], text, config.window, file)
         except UserError as error:
             bad[row] = str(error)
     listing.skip(bad, config.on_bad)
-    return recordings
+    return found, starts, shape or []
 
 
-def check_window(file: Path, recording: np.ndarray, start: str | None, count: int) -> None:
+def recording(file: Path | None) -> np.ndarray:
+    """[channels, samples] or [channels, regions, samples], memory-mapped. Raises UserError."""
+    try:
+        found = np.load(file or "", mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file}: cannot be read as .npy: {error}") from None
+    if found.ndim not in (2, 3) or found.dtype.kind not in "fiu":
+        raise UserError(
+            f"{file}: is {found.dtype} {list(found.shape)}, not a recording of numbers [channels, samples] or [channels, regions, samples]"
+        )
+    return found
+
+
+def first_sample(recording: np.ndarray, start: str | None, count: int, file: Path | None) -> int:
     """Raises UserError for a window that is not whole or not finite."""
     try:
         first = int(float(start))  # type: ignore[arg-type]
@@ -126,6 +133,7 @@ def check_window(file: Path, recording: np.ndarray, start: str | None, count: in
     wrong = ~np.isfinite(recording[..., first : first + count])
     if wrong.any():
         raise UserError(f"{file}: holds NaN or infinity at sample {first + np.argwhere(wrong)[0][-1]}")
+    return first
 
 
 def load(config: Config, kind: str = "auto") -> Splits:
@@ -133,23 +141,16 @@ def load(config: Config, kind: str = "auto") -> Splits:
     if config.clips % 2 == 0:
         raise UserError(f"data.clips = {config.clips}: must be odd, so that a row's own window is in the middle")
     wanted = {"file": config.file} | ({"start": config.start} if config.start else {})
-    shape: list[int] = []
     listing = _listing.read(config, "regression" if kind == "auto" else kind, wanted)
-    recordings = opened(listing, config, shape)
+    *found, shape = windows(listing, config)
     # Targets stay in beats per minute, which the losses of a model speak.
-    info = dataclasses.replace(listing.info, target_mean=0.0, target_std=1.0, more={"signal": [*shape, config.window], "rate": config.rate})
-    listing.target = torch.from_numpy(listing.samples.target)
-    parts = {part: Windows(listing, part, config, recordings) for part in listing.rows}
-    return Splits(parts["train"], parts["valid"], parts.get("test"), info, {"shape": shape}, listing.notes)
+    listing.info = dataclasses.replace(listing.info, target_mean=0.0, target_std=1.0)
+    return listing.splits(Windows, config, *found, more={"signal": [*shape, config.window], "rate": config.rate})
 
 
 def read_rows(path: str | Path, config: Config, preprocessing: dict[str, Any], info: Info, chunk_rows: int = 65536) -> Iterator[Rows]:
     """A table to predict; a row's neighbours are those of its chunk."""
-    from data._files import open_source
-
     wanted = [config.file] + ([config.start] if config.start else [])
-    source = open_source(Path(path), "--input", config.separator, config.encoding, config.quote)
-    for listing in _listing.chunks(source, config, info, wanted, chunk_rows):
-        recordings = opened(listing, config, list(preprocessing["shape"]))
-        if len(listing.rows["input"]):
-            yield listing.input(Windows(listing, "input", config, recordings))
+    for listing in _listing.chunks(config.open(path), config, info, wanted, chunk_rows):
+        *found, _ = windows(listing, config, info.more["signal"][:-1])
+        yield from listing.new(Windows, config, *found)

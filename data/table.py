@@ -5,78 +5,22 @@ from the training rows (vocabularies, scales, label names) is kept as JSON, so t
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
-import pydantic
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from data import Info, Rows, Splits, _scale
-from data._dataset import TableDataset, part_dataset, split_rows, undersample
-from engine.config import DataConfig, UserError, suggestion
+from data._dataset import TableDataset, part_dataset
+from data._samples import Files, Parts, Samples, batch_target, new_rows, read_samples
+from engine.config import UserError
 
-
-class Parts(DataConfig):
-    """How the rows of files are read, split and weighed."""
-
-    separator: Annotated[str, pydantic.BeforeValidator(lambda text: "\t" if text == "\\t" else text)] = Field("", max_length=1)
-    """character between the fields of a CSV; empty: found among , ; | and tab"""
-    encoding: str = ""
-    """of a CSV, such as "cp1252"; empty: what its first bytes say, else UTF-8"""
-    quote: str = Field('"', max_length=1)
-    """character around a field of a CSV that holds separators or line breaks; empty: fields stand as they are, quotes too"""
-    valid_fraction: float = Field(0.2, gt=0, lt=1)
-    """share of the training file for validation, where valid is empty"""
-    test_fraction: float | None = Field(None, ge=0, lt=1)
-    """share of the training file for the test, where test is empty; 0 = no test; default: 0.2, or 0 where valid names a file"""
-    split_seed: int = Field(0, ge=0)
-    """seed of the split by fraction and of undersampling; run.seed leaves them alone"""
-    balance: Literal["none", "class_weights", "undersample"] = "none"
-    """training classes of unequal size: weigh samples by rows / (classes x rows of the class), or drop rows of the larger ones"""
-
-    def fractions(self) -> dict[str, float]:
-        """Shares of the training file for the parts without a file of their own."""
-        files = [part for part in ("valid", "test") if getattr(self, part, "")]
-        test = self.test_fraction if self.test_fraction is not None else 0.0 if files else 0.2
-        return {part: share for part, share in (("valid", self.valid_fraction), ("test", test)) if share and part not in files}
-
-    @pydantic.model_validator(mode="after")
-    def fractions_leave_rows(self) -> Self:
-        if (total := sum(self.fractions().values())) >= 1:
-            raise ValueError(f"valid_fraction + test_fraction = {total:g}: must be less than 1, to leave rows for training")
-        return self
-
-
-class Files(Parts):
-    """What the rows of files are for, whatever they hold."""
-
-    train: str
-    """CSV, TSV, Parquet or JSONL (.jsonl) file, plain or compressed (.gz, .bz2, .zst, .lz4)"""
-    valid: str = ""
-    """validation file; empty: valid_fraction of the training file"""
-    test: str = ""
-    """test file; empty: test_fraction of the training file"""
-    target: str
-    """column to predict"""
-    id: str = ""
-    """column copied to the predictions; never a feature"""
-    group: str = ""
-    """column of which equal values stay in one part (a patient, a film); never a feature"""
-    weight: str = ""
-    """column of sample weights, 0 or more; never a feature"""
-
-    def sources(self) -> dict[str, Any]:
-        """The files, opened (data._files.Source), by part. Raises UserError."""
-        from data._files import open_source  # pyarrow takes a while, which --help need not wait for
-
-        names = {"train": self.train, "valid": self.valid, "test": self.test}
-        form = (self.separator, self.encoding, self.quote)
-        return {part: open_source(self.path(name), f"data.{part}", *form) for part, name in names.items() if name}
+ROW_NUMBERS = re.compile(r"Unnamed: \d+|__index_level_\d+__")  # names that pandas gives to its index
 
 
 class Preparation(Parts):
@@ -91,26 +35,6 @@ class Config(Files, Preparation):
     """columns of categories, read as text ("007" stays "007"); besides these, every column that holds a text is one"""
     numeric: list[str] = []
     """columns that must hold numbers; besides these, every column of which all values are numbers or missing is one"""
-
-
-@dataclass
-class Samples:
-    """What all n rows have, whatever their features; those of the training file come first."""
-
-    target: np.ndarray  # int64 [n] class numbers, or float32 [n] in the target's own units
-    rows: dict[str, np.ndarray]  # "train", "valid" and, where there is one, "test": int64 rows in ascending order
-    weights: np.ndarray | None  # float32 [n] of the weight column
-    groups: np.ndarray | None  # int32 [n]: equal numbers where the group column is equal
-    info: Info
-
-    def part_weights(self, part: str, balance: str) -> Tensor | None:
-        """float32 [n]: the weight column, times those of the classes in training."""
-        weights, train = self.weights, self.rows["train"]
-        if part == "train" and balance == "class_weights":
-            counts = np.bincount(self.target[train])
-            by_class = (len(train) / (len(counts) * counts))[self.target].astype(np.float32)
-            weights = by_class if weights is None else by_class * weights
-        return None if weights is None else torch.from_numpy(weights)
 
 
 @dataclass
@@ -136,61 +60,88 @@ def read(config: Config, kind: str = "auto") -> Table:
 
 def assemble(sources: dict[str, Any], config: Config, kind: str = "auto") -> Table:
     """The table of opened files (data._files.Source), of which "train" may be the only one."""
-    import pyarrow as pa
-
     from data import _columns
 
     notes: list[str] = []
-    names = _columns.choose(sources, config, notes)
+    names = choose(sources, config, notes)
     samples = read_samples(sources, config, kind, notes)
-    ids = [chunk for source in sources.values() for chunk in source.column(config.id).cast(pa.string()).chunks] if config.id else None
-    numeric, categorical, learned = _columns.read_features(sources, names, config, len(samples.target), samples.rows["train"], notes)
+    ids = _columns.plain_texts(_columns.of(sources, config.id)) if config.id else None
+    numeric, categorical, learned = read_features(sources, names, config, samples, notes)
     categories = [len(words) + 1 for words in learned["vocabularies"].values()]
     info = dataclasses.replace(samples.info, numeric=len(learned["numeric"]), categories=categories)
-    preprocessing = {"target": config.target, "id": config.id, "labels": info.labels, "separator": sources["train"].separator, **learned}
-    shared = {**vars(samples), "info": info}
-    return Table(**shared, numeric=numeric, categorical=categorical, ids=ids and pa.chunked_array(ids), preprocessing=preprocessing, notes=notes)
+    preprocessing = {"target": config.target, "id": config.id, **learned}
+    return Table(
+        **vars(samples) | {"info": info},
+        numeric=numeric,
+        categorical=categorical,
+        ids=ids,
+        preprocessing=preprocessing,
+        notes=notes,
+    )
 
 
-def read_samples(sources: dict[str, Any], config: Files, kind: str, notes: list[str]) -> Samples:
-    """Targets, parts, weights and groups of opened files. Raises UserError."""
+def choose(sources: dict[str, Any], config: Config, notes: list[str]) -> list[str]:
+    """Columns that may be features, in the training file's order. Raises UserError for settings that name no column."""
+    source = sources["train"]
+    roles = {key: [getattr(config, key)] for key in ("target", "id", "group", "weight") if getattr(config, key)}
+    named = roles | {"drop": config.drop, "categorical": config.categorical, "numeric": config.numeric}
+    for key, name in ((key, name) for key, names in named.items() for name in names):
+        source.require(key, name)
+        if (name == config.target and key != "target") or (key == "categorical" and name in config.numeric):
+            what = "is the target" if name == config.target else "stands in data.numeric too"
+            raise UserError(f"data.{key} = {name!r}: {what}; take it out of one of the two")
+    indices = {name for file in sources.values() for name in file.names if ROW_NUMBERS.fullmatch(name)}.difference(*named.values())
+    notes += [f"dropped: {name} has no name of its own and is most likely row numbers" for name in sorted(indices)]
+    ignored = indices.union(config.drop)
+    for part, other in sources.items():
+        for name in sorted({*source.names}.symmetric_difference(other.names) - ignored):
+            has = "has no" if name in source.names else "has a"
+            remedy = "give the files the same columns, or name it in data.drop"
+            raise UserError(f"data.{part} = {str(other.path)!r}: {has} column {name!r}, unlike data.train; {remedy}")
+    return [name for name in source.names if name not in ignored.union(*roles.values())]
+
+
+def read_features(
+    sources: dict[str, Any], names: list[str], config: Config, samples: Samples, notes: list[str]
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """float32 [n, k], int32 [n, c], and which columns these are, with the words that the training rows hold.
+
+    Leaves out columns that are constant over the training rows. Raises UserError for one without a value there, or if none is left.
+    """
     from data import _columns
 
-    target, kind, labels = _columns.read_target(sources, config, kind, notes)
-    groups = _columns.read(sources, config.group, "text", complete=True)[0].astype(np.int32) if config.group else None
-    weights = _columns.read(sources, config.weight, "number", complete=True)[0].astype(np.float32) if config.weight else None
-    if weights is not None and weights.min() < 0:
-        raise UserError(f"data.weight = {config.weight!r}: holds a negative weight, {weights.min():g}; weights are 0 or more")
-    files, start = {}, 0
-    for part, source in sources.items():
-        files[part] = np.arange(start, start := start + len(source.column(config.target)))
-    rows = part_rows(files, target, labels, groups, config, notes)
-    trained = target[rows["train"]]
-    if trained.min() == trained.max():
-        value = labels[trained[0]] if labels else f"{trained[0]:g}"
-        raise UserError(f"data.target = {config.target!r}: is {value} in every training row, so there is nothing to learn; choose another column")
-    moments = {} if labels else {"target_mean": float(trained.mean(dtype=np.float64)), "target_std": float(trained.std(dtype=np.float64))}
-    return Samples(target, rows, weights, groups, Info(kind, 1 if kind in ("binary", "regression") else len(labels), labels, **moments))
-
-
-def part_rows(
-    rows: dict[str, np.ndarray], target: np.ndarray, labels: list[str], groups: np.ndarray | None, config: Parts, notes: list[str]
-) -> dict[str, np.ndarray]:
-    """Rows of each part, from those of each file. Raises UserError for labels that training lacks."""
-    if shares := config.fractions():
-        count = len(rows["train"])
-        rows = rows | split_rows(target[:count], labels, None if groups is None else groups[:count], shares, config.split_seed)
-    if config.balance == "undersample":
-        rows["train"] = undersample(rows["train"], target, config.split_seed)
-    rows = {part: rows[part] for part in ("train", "valid", "test") if part in rows}
-    sizes = {part: np.bincount(target[positions], minlength=len(labels)) if labels else np.zeros(0) for part, positions in rows.items()}
-    for part, positions in rows.items():
-        for unknown in np.flatnonzero((sizes["train"] == 0) & (sizes[part] > 0)):
-            what = f"label {labels[unknown]!r} of {config.target!r} is in {part} and not in train"
-            raise UserError(f"data.{part}: {what}; correct it, or give training rows of that class")
-        shown = [f"{name} {size:,}" for name, size in zip(labels[:20], sizes[part], strict=False)] + ["…"] * (len(labels) > 20)
-        notes.append(f"{part}: {len(positions):,} rows" + (f" ({', '.join(shown)})" if shown else ""))
-    return rows
+    forced = dict.fromkeys(config.categorical, "text") | dict.fromkeys(config.numeric, "number")
+    # Wide enough for all, since what a column holds is known once it is read; so numbers are in memory once.
+    rows, train = len(samples.target), samples.rows["train"]
+    numeric, categorical = np.empty((rows, len(names)), np.float32), np.empty((rows, len(names)), np.int32)
+    learned: dict[str, Any] = {"numeric": [], "missing": [], "categorical": [], "vocabularies": {}}
+    for name in names:
+        values, words = _columns.read(sources, name, forced.get(name, ""))
+        if words is None:
+            values = values.astype(np.float32)
+            known = values[train][~np.isnan(values[train])]
+            found, missing = sorted({known.min(), known.max()} if len(known) else ()), len(known) < len(train)
+        else:
+            used = np.bincount(values[train], minlength=len(words) + 1)
+            found, missing = [word for word, count in zip(words, used[1:], strict=True) if count], used[0] > 0
+        if not found:
+            raise UserError(f"data.train: column {name!r} is missing in every training row; name it in data.drop")
+        if len(found) == 1 and not missing:
+            notes.append(f"dropped: {name} is {found[0]} in every training row")
+        elif words is None:
+            numeric[:, len(learned["numeric"])] = values
+            learned["numeric"].append(name)
+            learned["missing"] += [name] if missing else []
+        else:
+            categorical[:, len(learned["vocabularies"])] = _columns.renumber(words, found)[values]
+            learned["categorical"].append(name)
+            learned["vocabularies"][name] = found
+            if len(found) > max(100, len(train) // 2):
+                notes.append(f"{name} has {len(found):,} categories in {len(train):,} training rows; if it names rows, set data.id or data.drop")
+    if not learned["numeric"] and not learned["categorical"]:
+        raise UserError(f"{sources['train'].path}: no feature is left beside the target {config.target!r}; see data.drop")
+    numeric, categorical = numeric[:, : len(learned["numeric"])], categorical[:, : len(learned["categorical"])]
+    return np.ascontiguousarray(numeric), np.ascontiguousarray(categorical), learned
 
 
 def tensors(table: Table, config: Preparation) -> Splits:
@@ -203,9 +154,7 @@ def tensors(table: Table, config: Preparation) -> Splits:
         more = {"quantiles": _scale.bin_edges(numeric, train)} if config.numeric_transform == "quantile" else {}
         info = dataclasses.replace(info, numeric=numeric.shape[1], more=more)
     columns["target"] = batch_target(table.target, info)
-    parts = {}
-    for part, rows in table.rows.items():
-        parts[part] = part_dataset(columns, rows, table.part_weights(part, config.balance))
+    parts = {part: part_dataset(columns, rows, table.part_weights(part, config.balance)) for part, rows in table.rows.items()}
     return Splits(parts["train"], parts["valid"], parts.get("test"), info, preprocessing, table.notes)
 
 
@@ -217,32 +166,19 @@ def batch_columns(numeric: np.ndarray, categorical: np.ndarray, preprocessing: d
     return {name: torch.from_numpy(array) for name, array in (("numeric", numeric), ("categorical", categorical)) if array.shape[1]}
 
 
-def batch_target(target: np.ndarray, info: Info) -> Tensor:
-    """Class numbers int64 [n], of two classes float32 [n]; numbers float32 [n], standardised."""
-    return torch.from_numpy(target if info.kind == "multiclass" else ((target - info.target_mean) / info.target_std).astype(np.float32))
-
-
-def read_rows(path: str | Path, config: Preparation, preprocessing: dict[str, Any], info: Info, chunk_rows: int = 65536) -> Iterator[Rows]:
+def read_rows(path: str | Path, config: Parts, preprocessing: dict[str, Any], info: Info, chunk_rows: int = 65536) -> Iterator[Rows]:
     """A file to predict, in chunks of at most `chunk_rows` rows: columns in any order, extra ones ignored, target optional.
 
     By the preprocessing of `Splits` the numbers are scaled; by that of `Table`, which has no scales, they stay raw.
     Raises UserError for a missing column, a text where training had numbers, or a label unknown to the run.
     """
-    from data import _columns, _files
+    from data import _columns
 
-    source = _files.open_source(Path(path), "--input", config.separator, config.encoding, config.quote)
+    source = config.open(path)
     numeric, vocabularies, target, identity = (preprocessing[key] for key in ("numeric", "vocabularies", "target", "id"))
-    for name in [*numeric, *vocabularies]:
-        if name not in source.names:
-            raise UserError(f"{path}: has no column {name!r}, which the run was trained with{suggestion(name, source.names)}")
-    start = 0
-    for batch in source.batches([name for name in source.names if name in {*numeric, *vocabularies, target, identity}], chunk_rows):
-        given = {name: (batch.column(name), f"{path}: column {name!r}") for name in batch.column_names}
+    for rows, _, truth, ids in new_rows(source, [*numeric, *vocabularies], target, identity, info, chunk_rows):
+        given = {name: (rows.column(name), f"{path}: column {name!r}") for name in rows.column_names}
         numbers = np.array([_columns.numbers(*given[name]) for name in numeric], np.float32)
         texts = np.array([_columns.texts([given[name]], words)[0] for name, words in vocabularies.items()], np.int32)
-        columns = batch_columns(*(array.reshape(-1, len(batch)).T.copy() for array in (numbers, texts)), preprocessing)
-        if target in given:
-            columns["target"] = batch_target(_columns.known_target(*given[target], info, start), info)
-        ids = {identity: batch.column(identity).to_pylist()} if identity in given else {"row": list(range(start, start + len(batch)))}
-        yield Rows(TableDataset(columns), ids, target in given)
-        start += len(batch)
+        columns = batch_columns(*(array.reshape(-1, len(rows)).T.copy() for array in (numbers, texts)), preprocessing)
+        yield Rows(TableDataset(columns if truth is None else columns | {"target": batch_target(truth, info)}), ids, truth is not None)

@@ -5,8 +5,7 @@ they sound. A column may also name precomputed features (.npy, [frames, size] or
 cut into tokens as in data/text.py, or by the tokenizer of a text run.
 """
 
-import contextlib
-import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pydantic
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from data import Info, Rows, Splits, _listing, _tokenizer
+from data import Info, Rows, Splits, _cache, _listing, _tokenizer
 from engine.config import UserError
 
 WINDOW, HOP = 0.025, 0.010  # seconds of a frame and between frames
@@ -52,49 +49,8 @@ class Config(_listing.Config, _tokenizer.Tokenizing):
         return {key: getattr(self, key) for key in ("audio", "text") if getattr(self, key)}
 
 
-@dataclasses.dataclass
-class Sequences:
-    """What one column holds: rows of [length, size] or, without a size, of [length]."""
-
-    arrays: _listing.Arrays
-    size: int | None
-    pad: float = 0.0
-
-    def padded(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """[b, t(, size)] and bool [b, t], True where there is something; t is of the longest, in eights."""
-        found = [self.arrays[row].reshape(-1, self.size) if self.size else self.arrays[row] for row in rows]
-        longest = -(-max(1, *map(len, found)) // 8) * 8
-        values = np.full((len(rows), longest, *found[0].shape[1:]), self.pad, self.arrays.values.dtype)
-        mask = np.zeros((len(rows), longest), bool)
-        for place, array in enumerate(found):
-            values[place, : len(array)] = array
-            mask[place, : max(1, len(array))] = True  # attention to nothing would be NaN
-        return torch.from_numpy(values), torch.from_numpy(mask)
-
-
-class Utterances(_listing.Part):
-    """A batch: "audio" float32 [b, t, size] or [b, t] with "audio_mask" bool [b, t]; "tokens" int64 [b, t] or "text" float32 [b, t, size],
-    with "mask"; and "target"."""
-
-    def __init__(self, listing: _listing.Listing, part: str, config: Config, columns: dict[str, Sequences]) -> None:
-        super().__init__(listing, part, config)
-        self.columns = columns
-        first = next(iter(columns.values()))
-        self.lengths = torch.from_numpy(np.diff(first.arrays.starts)[self.index] // (first.size or 1)) if config.group_lengths else None
-
-    def __getitems__(self, positions: Tensor) -> dict[str, Tensor]:
-        rows = self.rows(positions)
-        batch = self.labels(rows)
-        for name, column in self.columns.items():
-            values, batch["audio_mask" if name == "audio" else "mask"] = column.padded(rows)
-            batch[name] = values.long() if name == "tokens" else values
-        return batch
-
-
-def decode(path: Path | None, config: Config, done: list[str]) -> np.ndarray:
+def decode(path: Path, config: Config, done: list[str]) -> np.ndarray:
     """float32 [frames, mels] or [samples]. What was done to it is added to `done`. Raises UserError."""
-    if path is None:
-        raise UserError("names no sound")
     try:
         import soundfile
     except ImportError:
@@ -102,7 +58,7 @@ def decode(path: Path | None, config: Config, done: list[str]) -> np.ndarray:
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:  # soundfile's own error is a RuntimeError
-        raise UserError(f"{path}: " + ("cannot be read as sound: " + str(error).split(": ")[-1] if path.exists() else "no such file")) from None
+        raise UserError(f"{path}: cannot be read as sound: {str(error).split(': ')[-1]}") from None
     if not len(samples):
         raise UserError(f"{path}: has no samples")
     if not np.isfinite(samples).all():
@@ -120,12 +76,12 @@ def decode(path: Path | None, config: Config, done: list[str]) -> np.ndarray:
     return logmel(samples, config) if config.form == "logmel" else (samples - samples.mean()) / (samples.std() + 1e-7)
 
 
-def features(path: Path | None, size: int) -> np.ndarray:
-    """float32 [frames, size] of a .npy file. Raises UserError."""
+def features(path: Path, size: int = 0) -> np.ndarray:
+    """float32 [frames, size] of a .npy file; 0: of any size. Raises UserError."""
     try:
-        array = np.atleast_2d(np.load(path or ""))
+        array = np.atleast_2d(np.load(path))
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: " + (f"cannot be read as .npy: {error}" if path and path.exists() else "no such file")) from None
+        raise UserError(f"{path}: cannot be read as .npy: {error}") from None
     if array.ndim != 2 or array.shape[1] != (size or array.shape[1]) or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
         raise UserError(f"{path}: must hold finite numbers [frames, {size or 'size'}] or [{size or 'size'}], not {array.dtype} {list(array.shape)}")
     return array.astype(np.float32)
@@ -142,76 +98,60 @@ def logmel(samples: np.ndarray, config: Config) -> np.ndarray:
     return frames.T.astype(np.float32)
 
 
-def precomputed(names: list[str | None]) -> bool:
-    return any(name and name.endswith(".npy") for name in names)
+def precomputed(listing: _listing.Listing, column: str) -> bool:
+    return any(name and name.endswith(".npy") for name in listing.texts[column].to_pylist())
 
 
-def first_size(paths: list[Path | None]) -> int:
-    """Width of the first .npy file that can be read."""
-    for path in paths:
-        with contextlib.suppress(UserError):
-            return features(path, 0).shape[1]
-    return 0
-
-
-def read_columns(listing: _listing.Listing, config: Config, sizes: dict[str, int], tokenized: Any, cache: bool) -> dict[str, Sequences]:
-    """What the rows' files and transcripts hold; bad rows are skipped. `sizes` are of precomputed features, by key; those of the first
-    file are added to it. `tokenized(texts)` gives tokens, where each text's begin, and how many were cut."""
+def read_columns(listing: _listing.Listing, config: Config, tokenizer: Any, pad: int = 0, cache: bool = False) -> dict[str, _cache.Arrays]:
+    """What the rows' files and transcripts hold, by its name in a batch. Bad rows are left out of the parts."""
     columns, bad, done = {}, {}, []
     for key, name in config.wanted().items():
-        paths = listing.files(name)
-        if precomputed(listing.texts[name]):
-            size = sizes.setdefault(key, first_size(paths))
-            settings, form = ["features", size], (lambda row, paths=paths, size=size: features(paths[row], size))
+        if precomputed(listing, name):
+            files = listing.files(name)
+            size = listing.info.more.get(f"{key}_size") or getattr(_listing.first(files, features), "shape", [0])[-1]
+            settings, read = ["features", size], functools.partial(features, size=size)
         elif key == "audio":
-            size = config.mels if config.form == "logmel" else None
+            files, read = listing.files(name), functools.partial(decode, config=config, done=done)
             settings = ["sounds", config.form, config.rate, config.seconds, config.mels]
-            form = lambda row, paths=paths: decode(paths[row], config, done)  # noqa: E731
         else:
-            texts = [text or "" for text in listing.texts[name]]
+            texts = [text or "" for text in listing.texts[name].to_pylist()]
             bad = {row: f"the transcript in column {name!r} is empty" for row, text in enumerate(texts) if not text.strip()} | bad
-            tokens, starts, cut = tokenized(texts)
-            listing.notes += [f"cut: {cut:,} transcripts have more than data.max_length = {config.max_length} tokens"] * bool(cut)
-            columns["tokens"] = Sequences(_listing.Arrays(tokens, starts, {}), None, listing.info.more.get("pad", 0))
+            columns["tokens"] = _tokenizer.tokens(tokenizer, lambda texts=texts: [texts], pad, cache)
+            if cut := columns["tokens"].more["cut"]:
+                listing.notes.append(f"cut: {cut:,} transcripts have more than data.max_length = {config.max_length} tokens")
             continue
-        arrays = _listing.cached(settings, paths, np.float32, form) if cache else _listing.gathered(len(paths), np.float32, form)
-        columns[key], bad = Sequences(arrays, size), arrays.bad | bad
+        columns[key], wrong = _listing.read_files(files, read, np.float32, settings if cache else None)
+        bad = wrong | bad
     listing.notes += [f"{count:,} sounds {what}" for what, count in Counter(done).items()]
     listing.skip(bad, config.on_bad)
     return columns
 
 
 def load(config: Config, kind: str = "auto") -> Splits:
-    listing, files = _listing.read(config, kind, config.wanted()), {}
-    texts = listing.texts.get(config.text, [])
-    more: dict[str, Any] = {}
-    if config.text and not precomputed(texts):
-        files = _tokenizer.made(config, lambda: [[texts[row] or "" for row in listing.rows["train"]]])
+    """Raises UserError for what is wrong with the files."""
+    listing, files, more, tokenizer = _listing.read(config, kind, config.wanted()), {}, {}, None
+    if config.text and not precomputed(listing, config.text):
+        train = [text or "" for text in listing.texts[config.text].take(listing.rows["train"]).to_pylist()]
+        files = _tokenizer.made(config, lambda: [train])
         more = _tokenizer.facts(files) | {"max_length": config.max_length}
-    listing.info = dataclasses.replace(listing.info, more=more)
-    sizes: dict[str, int] = {}
-    columns = read_columns(listing, config, sizes, lambda given: _tokenizer.stored(files, config.max_length, lambda: [given]), cache=True)
-    more |= {f"{key}_size": size for key, size in sizes.items()}
-    if config.audio and "audio" not in sizes:
+        tokenizer = _tokenizer.opened(files["tokenizer.json"], config.max_length)
+    columns = read_columns(listing, config, tokenizer, more.get("pad", 0), cache=True)
+    more |= {f"{key}_size": columns[key].values.shape[1] for key in columns if columns[key].values.ndim > 1}
+    if config.audio and not precomputed(listing, config.audio):
         more |= {"form": config.form, "rate": config.rate}
         if config.form == "logmel":
-            rows = listing.rows["train"]
+            audio, rows = columns["audio"], listing.rows["train"]
             rows = rows[:: -(-len(rows) // 1000)]  # of a thousand sounds, since a mean of more is hardly another
-            frames = np.concatenate([columns["audio"].arrays[row].reshape(-1, config.mels) for row in rows])
-            more |= {"audio_size": config.mels, "audio_mean": frames.mean(0).tolist(), "audio_std": (frames.std(0) + 1e-5).tolist()}
-    parts = {part: Utterances(listing, part, config, columns) for part in listing.rows}
-    return Splits(parts["train"], parts["valid"], parts.get("test"), listing.info, {"sizes": sizes}, listing.notes, files)
+            frames = np.concatenate([audio.values[audio.starts[row] : audio.starts[row + 1]] for row in rows])
+            more |= {"audio_mean": frames.mean(0).tolist(), "audio_std": (frames.std(0) + 1e-5).tolist()}
+    return listing.splits(_listing.Sequences, config, columns, more=more, files=files)
 
 
 def read_rows(path: str | Path, config: Config, preprocessing: dict[str, Any], info: Info, chunk_rows: int = 1024) -> Iterator[Rows]:
     """A table to predict, at most 1,024 utterances at a time."""
-    from data._files import open_source
-
-    source = open_source(Path(path), "--input", config.separator, config.encoding, config.quote)
-    stored, tokenizer = Path(preprocessing.get("folder", ""), "tokenizer.json"), None
+    tokenizer = None
     if "vocabulary" in info.more:
-        tokenizer = _tokenizer.opened(stored.read_text(), config.max_length)
-    for listing in _listing.chunks(source, config, info, [*config.wanted().values()], min(chunk_rows, 1024)):
-        columns = read_columns(listing, config, preprocessing["sizes"], lambda texts: _tokenizer.encode(tokenizer, texts), cache=False)
-        if len(listing.rows["input"]):
-            yield listing.input(Utterances(listing, "input", config, columns))
+        tokenizer = _tokenizer.opened(Path(preprocessing["folder"], "tokenizer.json").read_text(), config.max_length)
+    for listing in _listing.chunks(config.open(path), config, info, config.wanted().values(), min(chunk_rows, 1024)):
+        columns = read_columns(listing, config, tokenizer, info.more.get("pad", 0))
+        yield from listing.new(_listing.Sequences, config, columns)

@@ -16,18 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from data import Info, _cache
-from data._listing import Arrays
-from data.utterances import Sequences
+from data._dataset import TableDataset
 from engine.config import UserError, module, read_toml, validate
 
 
 def open_encoder(side: str, name: str, info: Info) -> tuple[nn.Module, str]:
     """The model of a run or of transformers, and a JSON that says how to build it again. Raises UserError."""
-    kept = Path(getattr(info, "folder", "") or ".", f"{side}.json")
-    if getattr(info, "folder", ""):  # in inference the weights come with the whole model's
-        described = json.loads(kept.read_text())
-    else:
-        described = describe(side, name, info)
+    described = json.loads(Path(info.folder, f"{side}.json").read_text()) if info.folder else describe(side, name, info)
     file = module("models", described["model"]["name"])
     config, _ = validate("model", file.Config, described["model"])
     with tempfile.TemporaryDirectory() as folder:
@@ -35,10 +30,16 @@ def open_encoder(side: str, name: str, info: Info) -> tuple[nn.Module, str]:
             Path(folder, given).write_text(text)
         place = folder if described["files"] or described["run"] else ""
         encoder = file.Model(config, types.SimpleNamespace(**described["info"] | {"folder": place}))
-    if described["run"] and not getattr(info, "folder", ""):
-        load_weights(encoder, Path(described["run"]))
-    files = getattr(encoder, "files", {})
-    return encoder, json.dumps(described | {"files": files})
+    if described["run"] and not info.folder:  # in inference the weights come with the whole model's
+        weights: dict[str, Tensor] = {}
+        for shard in Path(described["run"]).glob("model*.safetensors"):
+            weights |= load_file(shard)
+        try:
+            encoder.net.load_state_dict(weights)  # in files the names lack the model's prefix
+        except RuntimeError as error:
+            said = str(error).splitlines()[1].strip()
+            raise UserError(f"{described['run']}: the weights do not fit ({said}); was models/ edited since?") from None
+    return encoder, json.dumps(described | {"files": getattr(encoder, "files", {})})
 
 
 def describe(side: str, name: str, info: Info) -> dict[str, Any]:
@@ -49,73 +50,51 @@ def describe(side: str, name: str, info: Info) -> dict[str, Any]:
             raise UserError(f"model.{side} = {name!r}: the run has not ended, so there is no best/ yet; train it first")
         return {"run": "", "model": {"name": side, "pretrained": name}, "info": dataclasses.asdict(info), "files": {}}
     told = json.loads((best / "info.json").read_text())
-    facts = {"audio": ("form", "rate", "audio_size"), "text": ("vocabulary", "pad")}[side]
-    wrong = [key for key in facts if told["more"].get(key) != info.more.get(key)]
-    if wrong:
-        remedy = f"the audio keys of {best}/config.toml" if side == "audio" else f'data.tokenizer = "{best}"'
-        values = f"{wrong[0]} = {told['more'].get(wrong[0])!r} there, {info.more.get(wrong[0])!r} in the data"
-        raise UserError(f"model.{side} = {name!r}: was trained on other inputs ({values}); set {remedy}")
-    files = {"config.json": (best / "config.json").read_text()} if (best / "config.json").exists() else {}
+    for key in {"audio": ("form", "rate", "audio_size"), "text": ("vocabulary", "pad")}[side]:
+        there, here = told["more"].get(key), info.more.get(key)
+        if there != here:
+            remedy = f"the audio keys of {best}/config.toml" if side == "audio" else f'data.tokenizer = "{best}"'
+            raise UserError(f"model.{side} = {name!r}: was trained on other inputs ({key} = {there!r} there, {here!r} in the data); set {remedy}")
+    files = {path.name: path.read_text() for path in best.glob("config.json")}
     return {"run": str(best), "model": read_toml(best / "config.toml")["model"], "info": told, "files": files}
-
-
-def load_weights(encoder: nn.Module, best: Path) -> None:
-    """Those of best/, whose names lack the model's prefix. Raises UserError."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(best.glob("model*.safetensors")):
-        found |= load_file(file)
-    prefix = getattr(encoder, "prefix", "")
-    names = {name.removeprefix(prefix): name for name in encoder.state_dict()}
-    try:
-        encoder.load_state_dict({names.get(name, name): tensor for name, tensor in found.items()})
-    except RuntimeError as error:
-        raise UserError(f"{best}: the weights do not fit ({str(error).splitlines()[1].strip()}); was models/ edited since?") from None
 
 
 class Encoded(Dataset):
     """A part with its encoders' vectors in place of sounds and transcripts."""
 
-    def __init__(self, dataset: Any, columns: dict[str, Sequences]) -> None:
-        self.dataset, self.columns = dataset, columns
-        self.weights, self.lengths = dataset.weights, dataset.lengths
+    def __init__(self, dataset: Any, columns: dict[str, _cache.Arrays]) -> None:
+        self.dataset, self.columns, self.lengths = dataset, columns, dataset.lengths
+        if hasattr(dataset, "weights"):
+            self.weights = dataset.weights
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, positions: Tensor) -> dict[str, Tensor]:
         places = positions % len(self)
-        batch = self.dataset.labels(self.dataset.rows(places)) if len(self.columns) == 2 else self.dataset.__getitems__(places)
+        batch = TableDataset.__getitems__(self.dataset, places) if len(self.columns) == 2 else self.dataset.__getitems__(places)
         for side, column in self.columns.items():
             batch[f"{side}_vectors"], batch[f"{side}_vectors_mask"] = column.padded(places.numpy())
         return batch
 
 
-def encoded(encoder: nn.Module, side: str, dataset: Any, device: torch.device, size: int = 64) -> Sequences:
+def encoded(encoder: nn.Module, side: str, dataset: Any, device: torch.device, size: int = 64) -> _cache.Arrays:
     """The vectors of one part's rows, from a cache keyed by the encoder's weights and by what it reads."""
+    names = ("audio", "audio_mask") if side == "audio" else ("tokens", "mask")
 
     def batches() -> Iterator[dict[str, Tensor]]:
-        names = ("audio", "audio_mask") if side == "audio" else ("tokens", "mask")
         for rows in torch.arange(len(dataset)).split(size):
             batch = dataset.__getitems__(rows)
             yield {name: batch[name] for name in names}
 
-    @torch.no_grad()
-    def write(folder: Path) -> None:
-        starts, width = [0], 0
-        with open(folder / "values", "wb") as file:
-            for batch in batches():
-                vectors, mask = encoder.hidden({name: value.to(device) for name, value in batch.items()})
-                width = vectors.shape[-1]
-                vectors[mask].float().cpu().numpy().tofile(file)
-                starts += (starts[-1] + width * mask.sum(1).cumsum(0).cpu()).tolist()
-        np.save(folder / "starts.npy", np.array(starts))
-        (folder / "width").write_text(str(width))
+    def vectors(more: dict[str, Any]) -> Iterator[np.ndarray]:
+        for batch in batches():
+            with torch.no_grad():
+                hidden, mask = encoder.hidden({name: value.to(device) for name, value in batch.items()})
+            yield from (row[there].numpy() for row, there in zip(hidden.float().cpu(), mask.cpu(), strict=True))
 
     weights = hashlib.blake2b()
     for name, tensor in sorted(encoder.state_dict().items()):
         weights.update(name.encode() + tensor.cpu().numpy().tobytes())
     contents = (value.numpy().tobytes() for batch in batches() for value in batch.values())
-    folder = _cache.kept(_cache.key_of(["vectors", side, weights.hexdigest()], contents), write)
-    starts = np.load(folder / "starts.npy")
-    values = np.memmap(folder / "values", np.float32, "r")
-    return Sequences(Arrays(values, starts, {}), int((folder / "width").read_text()))
+    return _cache.packed(vectors, np.float32, _cache.key_of("vectors", [side, weights.hexdigest()], contents))

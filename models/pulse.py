@@ -19,6 +19,7 @@ from models.vision import residual
 
 SLOWEST, FASTEST, RATIO = 30.0, 240.0, 1.02
 BINS = 1 + round(math.log(FASTEST / SLOWEST) / math.log(RATIO))
+WITH_HARMONICS = BINS + round(math.log(2) / math.log(RATIO))
 
 
 def rates(count: int = BINS) -> Tensor:
@@ -46,24 +47,19 @@ class Config(ModelConfig):
 
 
 class Spectrum(nn.Module):
-    """Signals [n, channels, window] -> features [n, width, BINS + harmonics], logits of the bins from the same convolutions."""
+    """Signals [n, channels, window] -> features [n, width, WITH_HARMONICS], logits of the bins from the same convolutions."""
 
     def __init__(self, channels: int, window: int, rate: float, config: Config) -> None:
         super().__init__()
-        count = BINS + round(math.log(2) / math.log(RATIO))
-        angles = 2 * math.pi * rates(count).double() / 60 / rate * torch.arange(window).double()[:, None]
+        angles = 2 * math.pi * rates(WITH_HARMONICS).double() / 60 / rate * torch.arange(window).double()[:, None]
         waves = torch.cat([angles.cos(), angles.sin()], 1) * torch.hann_window(window, dtype=torch.float64)[:, None]
         self.register_buffer("waves", waves.float(), persistent=False)
         self.start = nn.Conv1d(channels, config.width, 7, padding=3)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.GroupNorm(config.width // 8, config.width),
-                nn.GELU(),
-                nn.Dropout(config.dropout),
-                nn.Conv1d(config.width, config.width, 7, padding=3 * 2**place, dilation=2**place),
-            )
-            for place in range(config.depth)
-        )
+        self.blocks = nn.ModuleList()
+        for reach in (2**place for place in range(config.depth)):
+            convolution = nn.Conv1d(config.width, config.width, 7, padding=3 * reach, dilation=reach)
+            norm = nn.GroupNorm(config.width // 8, config.width)
+            self.blocks.append(nn.Sequential(norm, nn.GELU(), nn.Dropout(config.dropout), convolution))
 
     def forward(self, signal: Tensor) -> Tensor:
         signal = signal - signal.mean(-1, keepdim=True)
@@ -87,7 +83,7 @@ class Model(nn.Module):
             self.clip: nn.Module = Spectrum(math.prod(shape), window, info.more["rate"], config)
             self.logits = nn.Conv1d(config.width, 1, 1)
             self.squeeze = nn.Sequential(nn.GELU(), nn.Conv1d(config.width, 2, 5, 4, 2), nn.Flatten())
-            features = 2 * math.ceil((BINS + round(math.log(2) / math.log(RATIO))) / 4)
+            features = 2 * math.ceil(WITH_HARMONICS / 4)
         else:
             # A signal is an image of one colour, its channels above one another; a map has a colour for each channel.
             self.clip = residual(shape[0] if len(shape) > 1 else 1, config.width, config.depth, 1)
@@ -103,14 +99,13 @@ class Model(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """[b, clips, 1 + BINS] in training, else [b, 1 + BINS] of the middle clip: the rate in beats per minute, then the bins' logits."""
-        signal = batch["signal"]
-        count, clips = signal.shape[:2]
+        count, clips = batch["signal"].shape[:2]
+        signal = batch["signal"].flatten(0, 1)
         if self.backbone == "spectrum":
-            features = self.clip(signal.flatten(0, 1).flatten(1, -2))
+            features = self.clip(signal.flatten(1, -2))
             logits = self.logits(features)[:, 0, :BINS].unflatten(0, (count, clips))
             features = self.squeeze(features)
         else:
-            signal = signal.flatten(0, 1)
             signal = signal if signal.dim() == 4 else signal[:, None]
             features = self.clip((signal - signal.mean(-1, keepdim=True)) / (signal.std(-1, keepdim=True) + 1e-6))
             logits = self.logits(features).unflatten(0, (count, clips))

@@ -51,21 +51,11 @@ class Model(nn.Module):
             raise UserError('model.name = "tabm": the data has neither numbers nor categories; choose a model made for it')
         self.kind = info.kind
         embeddings = number_embeddings(config, info) if info.numeric else None
-        self.net = TabM.make(
-            n_num_features=info.numeric,
-            cat_cardinalities=info.categories,
-            d_out=info.outputs,
-            num_embeddings=embeddings,
-            n_blocks=config.depth,
-            d_block=config.width,
-            dropout=config.dropout,
-            k=config.members,
-            arch_type=config.architecture,
-        )
+        shape = {"n_blocks": config.depth, "d_block": config.width, "dropout": config.dropout, "k": config.members, "arch_type": config.architecture}
+        columns = {"n_num_features": info.numeric, "num_embeddings": embeddings, "cat_cardinalities": info.categories}
+        self.net = TabM.make(**columns, **shape, d_out=info.outputs)
         # As in the authors' recipe, the linear part of an embedding is not decayed; its pieces are.
-        self.not_decayed = (
-            {f"net.num_module.{name}" for name, _ in embeddings.named_parameters() if name.startswith("linear0.")} if embeddings else set()
-        )
+        self.not_decayed = {name for name, _ in self.named_parameters() if name.startswith("net.num_module.linear0.")}
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Training: every member's output, [b, members] or [b, members, classes]. Else one logit or value a row, as other models."""

@@ -38,7 +38,8 @@ class Model(nn.Module):
 
     def __init__(self, config: Config, info: Info) -> None:
         super().__init__()
-        if "vocabulary" not in info.more:
+        more = info.more
+        if "vocabulary" not in more:
             raise UserError('model.name = "text": the data has no texts; choose data.name = "text", or a model made for these data')
         self.files: dict[str, str] = {}
         if config.pretrained:
@@ -46,8 +47,12 @@ class Model(nn.Module):
             names = info.labels if info.outputs > 1 else info.labels[1:] or ["value"]
             head = {"num_labels": info.outputs, "problem_type": kinds.get(info.kind, "regression"), "id2label": dict(enumerate(names))}
             self.net = build("AutoModelForSequenceClassification", config, info, **head)
-            check_tokens(self.net.config, info)
-            self.net.config.pad_token_id = info.more["pad"]
+            tokens, places = (getattr(self.net.config, key, None) for key in ("vocab_size", "max_position_embeddings"))
+            if tokens and more["vocabulary"] > tokens:
+                raise UserError(f"data.tokenizer: has {more['vocabulary']:,} tokens, model.pretrained {tokens:,}; take the model's own tokenizer")
+            if places and more["max_length"] > places:
+                raise UserError(f"data.max_length = {more['max_length']}: model.pretrained takes at most {places} tokens")
+            self.net.config.pad_token_id = more["pad"]
             self.files["config.json"] = self.net.config.to_json_string(use_diff=False)
         else:
             self.net = Encoder(config, info)
@@ -66,15 +71,6 @@ class Model(nn.Module):
         else:
             output = self.net(input_ids=batch["tokens"], attention_mask=batch["mask"].long()).logits
         return output.squeeze(1) if output.shape[1] == 1 else output
-
-
-def check_tokens(shape: object, info: Info) -> None:
-    """Raises UserError where the data's tokens do not fit a transformers config."""
-    rows, places = getattr(shape, "vocab_size", None), getattr(shape, "max_position_embeddings", None)
-    if rows and info.more["vocabulary"] > rows:
-        raise UserError(f"data.tokenizer: has {info.more['vocabulary']:,} tokens, model.pretrained {rows:,}; take the model's own tokenizer")
-    if places and info.more["max_length"] > places:
-        raise UserError(f"data.max_length = {info.more['max_length']}: model.pretrained takes at most {places} tokens")
 
 
 class Encoder(nn.Module):

@@ -1,5 +1,6 @@
 """Images: a small residual network of our own, or a pretrained classifier of transformers or timm."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -46,14 +47,10 @@ def norm(channels: int) -> nn.Module:
 
 def residual(channels: int, width: int, stages: int, blocks: int) -> nn.Sequential:
     """[b, channels, h, w] -> features [b, width x 2^(stages - 1)], pooled over the whole image."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False)]
-    inputs = width
-    for stage in range(stages):
-        for block in range(blocks):
-            outputs = width * 2**stage
-            layers.append(Block(inputs, outputs, 2 if stage and not block else 1))
-            inputs = outputs
-    return nn.Sequential(*layers, norm(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    widths = [width, *(width * 2**stage for stage in range(stages) for _ in range(blocks))]
+    first = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+    layers = [Block(inputs, outputs, 2 if outputs > inputs else 1) for inputs, outputs in itertools.pairwise(widths)]
+    return nn.Sequential(first, *layers, norm(widths[-1]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 class Model(nn.Module):

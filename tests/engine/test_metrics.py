@@ -12,7 +12,7 @@ from torch import nn
 
 import ranks
 from data import Info
-from data._dataset import TableDataset, WeightedTableDataset
+from data._dataset import TableDataset
 from engine import metrics
 from engine.config import UserError
 from engine.evaluate import Scorer, evaluate
@@ -121,7 +121,7 @@ def test_two_processes_have_the_same_scores(on_two_processes, kind, rows):
 def test_the_loss_is_weighted_and_the_scores_are_not():
     columns, weights = table("multiclass", 61), torch.arange(61) % 3.0
     scorer = Scorer(Task(), INFOS["multiclass"], EMPTY, torch.device("cpu"))
-    found = evaluate(Given(), WeightedTableDataset(columns, None, weights), scorer, 8)
+    found = evaluate(Given(), TableDataset(columns, None, weights), scorer, 8)
     chances = columns["output"].double().softmax(1).numpy()
     assert found["loss"] == pytest.approx(sk.log_loss(columns["target"], chances, sample_weight=weights, labels=range(4)), rel=1e-6)
     assert found["accuracy"] == sk.accuracy_score(columns["target"], chances.argmax(1))
@@ -129,7 +129,7 @@ def test_the_loss_is_weighted_and_the_scores_are_not():
 
 def test_weights_of_zero_give_no_loss():
     scorer = Scorer(Task(), INFOS["regression"], EMPTY, torch.device("cpu"))
-    found = evaluate(Given(), WeightedTableDataset(table("regression", 6), None, torch.zeros(6)), scorer, 8)
+    found = evaluate(Given(), TableDataset(table("regression", 6), None, torch.zeros(6)), scorer, 8)
     assert math.isnan(found["loss"])
 
 

@@ -104,7 +104,7 @@ def crossed(folder: Path, *more: str, run: str = "runs/crossmodal") -> commands.
 def test_runs_as_encoders_from_training_to_a_vote(runs: Path) -> None:
     ended = crossed(runs)
     assert ended.status == 0, ended.text
-    assert len(list(Path(runs, "runs", "cache").glob("*/width"))) == 6  # two encoders, three parts
+    assert len(list(Path(runs, "runs", "cache").glob("vectors-*"))) == 6  # two encoders, three parts
     for name in ("audio", "text"):  # best/ is all that is needed
         Path(runs, "runs", name).rename(runs / f"away-{name}")
     try:
@@ -145,7 +145,7 @@ def test_cached_vectors_are_the_encoders_and_follow_their_weights(tmp_path: Path
 
     def kept() -> int:
         crossmodal.prepare(model, splits, torch.device("cpu"))
-        return len(list((tmp_path / "cache").glob("*/width")))
+        return len(list((tmp_path / "cache").glob("vectors-*")))
 
     assert kept() == 6  # two encoders, three parts
     with torch.no_grad():
