@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from engine import config, process, search, study_report, tracking
+from engine import boosting, config, process, search, study_report, tracking
 from engine.config import UserError
 from engine.search import Search
 from engine.settings import Settings, command_line, parse, plan_of, replaced
@@ -67,7 +67,9 @@ class Trials:
         # Under torchrun, for ranks to find out whether all of them failed.
         together = process.world_size() > 1
         self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=ALONE)) if together else None
-        self.read(settings)  # what is wrong with the data is said before the first trial
+        splits = self.read(settings)  # what is wrong with the data is said before the first trial
+        if settings.tune.target == "boost":
+            boosting.prepare(settings, splits)
 
     def read(self, settings: Settings) -> Any:
         key = settings.data.model_dump_json()
@@ -212,6 +214,7 @@ def work_together(settings: Settings, place: Path) -> None:
                 process.on_rank_zero(lambda outcome=outcome: held["search"].tell(held["trial"], *outcome))
                 process.on_rank_zero(lambda: print(held["search"].line(), flush=True))
         process.on_rank_zero(lambda: study_report.conclude(held["search"], tracker))
+    process.on_rank_zero(lambda: held["search"].refuse_failures())
 
 
 # The supervisor: starts, replaces, reports

@@ -79,13 +79,13 @@ def range_ends(settings: Settings, key: str, wanted: Mapping[str, Any]) -> list[
     if not all(isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number) for number in numbers):
         raise UserError(f"tune.space.{key!r} = {dict(wanted)}: needs two numbers, low and high, and step as a number where it is given")
     low, high, step = numbers
-    for wrong, said in {
-        low >= high: f"low = {low} must be less than high = {high}",
-        not isinstance(log, bool): f"log = {log!r} must be true or false",
-        log is True and low <= 0: f"low = {low} must be above 0 where log = true",
-        log is True and "step" in wanted: f"step = {step} cannot be had with log = true; drop one",
-        step <= 0: f"step = {step} must be above 0",
-    }.items():
+    for wrong, said in (
+        (low >= high, f"low = {low} must be less than high = {high}"),
+        (not isinstance(log, bool), f"log = {log!r} must be true or false"),
+        (log is True and low <= 0, f"low = {low} must be above 0 where log = true"),
+        (log is True and "step" in wanted, f"step = {step} cannot be had with log = true; drop one"),
+        (step <= 0, f"step = {step} must be above 0"),
+    ):
         if wrong:
             raise UserError(f"tune.space.{key!r}: {said}")
     return [low, high, low + step] if "step" in wanted and low + step <= high else [low, high]
