@@ -221,7 +221,9 @@ class LightGBM(Library):
             return "kept", 0.0, True
 
         def after(env: Any) -> None:
-            self.refuse(re.findall(r"Unknown parameter: (\S+)", " ".join(said)))
+            if said:  # also a line for each tree that could not be split
+                self.refuse(re.findall(r"Unknown parameter: (\S+)", " ".join(said)))
+                said.clear()
             measured = [line[1:3] for line in env.evaluation_result_list if line[1] != "kept"]
             if not measured:
                 raise UserError(f"boost.params.metric = {params.get('metric')!r}: lightgbm measures nothing by it; name one of its metrics")
