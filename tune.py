@@ -268,12 +268,14 @@ def keep_working(found: Search, workers: dict[int, subprocess.Popen]) -> None:
             shown = counts
         more = not found.over() and found.waiting()
         if not more and (settled or not workers) and not found.unsigned():
-            break  # workers take a second to end, and have nothing left to do
+            break
         for number in range(found.settings.tune.workers if more else 0):
             if number not in workers:
                 workers[number] = start_worker(found, number)
         study_report.import_what_draws()
         time.sleep(0.1)
+    for worker in workers.values():
+        worker.kill()  # it has nothing left to do but to end, for a second
     print(flush=True, end="\n" if sys.stdout.isatty() else "")
 
 

@@ -224,14 +224,14 @@ class LightGBM(Library):
             if said:  # also a line for each tree that could not be split
                 self.refuse(re.findall(r"Unknown parameter: (\S+)", " ".join(said)))
                 said.clear()
-            measured = [line[1:3] for line in env.evaluation_result_list if line[1] != "kept"]
-            if not measured:
+            if not env.evaluation_result_list:
                 raise UserError(f"boost.params.metric = {params.get('metric')!r}: lightgbm measures nothing by it; name one of its metrics")
-            watch(env.iteration + 1, *measured[0], lambda: env.model.eval_train()[0][2], lambda: kept["predictions"])
+            # As a metric of train(), keep() would be given predictions after each round.
+            predictions = lambda: (env.model.eval_valid(keep), kept["predictions"])[1]  # noqa: E731
+            watch(env.iteration + 1, *env.evaluation_result_list[0][1:3], lambda: env.model.eval_train()[0][2], predictions)
 
         stop = [self.module.early_stopping(boost.patience, first_metric_only=True, verbose=False)] if boost.patience else []
-        calls = {"feval": keep if watch.on_round else None, "callbacks": [after, *stop]}
-        booster = self.module.train(params, train, boost.rounds, valid_sets=[valid], valid_names=["valid"], **calls)
+        booster = self.module.train(params, train, boost.rounds, valid_sets=[valid], valid_names=["valid"], callbacks=[after, *stop])
         return booster, booster.best_iteration if booster.best_iteration > 0 else booster.current_iteration()
 
     def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False) -> np.ndarray:
