@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the loops are compared, not the devices
@@ -111,7 +112,8 @@ def small_bert(vocabulary: int) -> str:
 
 def texts() -> Workload:
     """20,000 texts of 64 random tokens, a binary target and a BERT of 4 x 256."""
-    from data.text import Texts
+    from data._cache import Arrays
+    from data._listing import Listing, Sequences
     from models.text import Config, Model
 
     random_numbers = torch.Generator().manual_seed(0)
@@ -120,9 +122,12 @@ def texts() -> Workload:
     info = Info(kind="binary", outputs=1, labels=["0", "1"], more={"vocabulary": 8000, "pad": 0, "end": None, "max_length": 64})
     config = Config(name="text", pretrained=small_bert(8000))
 
-    def dataset(columns: dict[str, Tensor]) -> Texts:
+    def dataset(columns: dict[str, Tensor]) -> Sequences:
         flat, rows = columns["tokens"].int().flatten().numpy(), np.arange(len(columns["target"]))
-        return Texts(flat, np.arange(len(rows) + 1) * 64, 0, columns["target"], rows)
+        listing = Listing(columns["target"].numpy(), {"train": rows}, None, None, info, {}, [], {}, [])
+        return Sequences(
+            listing, "train", SimpleNamespace(group_lengths=True, balance="none"), {"tokens": Arrays(flat, np.arange(len(rows) + 1) * 64, {})}
+        )
 
     return Workload(
         columns={"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool), "target": target},

@@ -1,6 +1,8 @@
-"""Sounds: a small network of convolutions and attention over log-mel frames, from nothing, or a classifier of transformers over waveforms."""
+"""Sounds: a small network from nothing over log-mel frames, by convolutions and attention or by their statistics; or a classifier of
+transformers over waveforms."""
 
 import itertools
+import math
 from typing import Literal
 
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from data import Info
+from data import Info, Splits
 from engine.config import UserError
 from models._attention import Layer, pooled
 from models._pretrained import PREFIX, Pretrained, build, exported
@@ -16,11 +18,17 @@ from models._pretrained import PREFIX, Pretrained, build, exported
 __all__ = ["Config", "Model", "exported"]
 
 
+QUANTILES = (0.1, 0.5, 0.9)
+CEPSTRA = 24
+
+
 class Config(Pretrained):
+    network: Literal["attention", "statistics"] = "attention"
+    """from nothing: convolutions and attention over frames, or, where there are few sounds, a perceptron over statistics of the whole sound"""
     channels: int = Field(16, ge=1)
-    """of the first convolution; the second has twice, the third four times as many. This and what follows is of a model from nothing"""
+    """of the first convolution; the second has twice, the third four times as many"""
     width: int = Field(96, ge=8)
-    """size of a frame's vector"""
+    """size of a frame's vector, or of the perceptron's layer"""
     layers: int = Field(2, ge=0)
     """layers of self-attention"""
     heads: int = Field(4, ge=1)
@@ -63,12 +71,12 @@ class Model(nn.Module):
         elif waveform:
             raise UserError('data.form = "waveform": is for model.pretrained; a model from nothing takes "logmel"')
         else:
-            self.net = Encoder(config, info)
+            self.net = {"attention": Encoder, "statistics": Statistics}[config.network](config, info)
 
     def hidden(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Vectors of frames [b, t, width], and bool [b, t], True where there is sound."""
         audio, mask = batch["audio"], batch["audio_mask"]
-        if isinstance(self.net, Encoder):
+        if isinstance(self.net, Encoder | Statistics):
             return self.net.hidden(audio, mask)
         body = self.net.base_model
         # As their authors trained them: those with GroupNorm over time know no mask.
@@ -78,7 +86,7 @@ class Model(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits or standardised values, [b] for one output, else [b, outputs]."""
-        if isinstance(self.net, Encoder):
+        if isinstance(self.net, Encoder | Statistics):
             output = self.net.head(self.net.dropout(pooled(*self.hidden(batch))))
         else:
             given = batch["audio_mask"].long() if self.net.config.feat_extract_norm == "layer" else None
@@ -123,6 +131,51 @@ class Encoder(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, hidden, mask)
         return self.norm(hidden), mask
+
+
+class Statistics(nn.Module):
+    """What classic systems hear emotions by (functionals of spectrum and cepstrum, as in Eyben et al., openSMILE, 2010), and a perceptron."""
+
+    def __init__(self, config: Config, info: Info) -> None:
+        super().__init__()
+        self.config, size = config, info.more["audio_size"]
+        kept = min(CEPSTRA, size)
+        cosines = torch.cos(math.pi / size * (torch.arange(size) + 0.5)[:, None] * torch.arange(kept)) * (2 / size) ** 0.5
+        self.register_buffer("cosines", cosines, persistent=False)  # of the discrete cosine transform, type II
+        count = (size + kept) * (3 + len(QUANTILES))
+        for name, value in (("mean", torch.zeros(count)), ("std", torch.ones(count))):  # of each statistic over the training part; see prepare()
+            self.register_buffer(name, value)
+        self.dropout, self.before = nn.Dropout(config.dropout), nn.Dropout(0.4 * config.dropout)
+        self.layer, self.head = nn.Linear(count, config.width), nn.Linear(config.width, info.outputs)
+
+    def described(self, audio: Tensor, mask: Tensor) -> Tensor:
+        """[b, t, size], bool [b, t] -> [b, statistics]: mean, deviation, deviation of the change between frames, and quantiles of each band."""
+        values, there = torch.cat([audio, audio @ self.cosines], -1), mask[..., None]
+        found = []
+        for some, known in ((values, there), (values.diff(dim=1), there[:, 1:])):
+            count = known.sum(1).clamp_min(1)
+            mean = (some * known).sum(1) / count
+            found += [mean, (((some - mean[:, None]) ** 2 * known).sum(1) / count + 1e-6).sqrt()]
+        ranked, last = values.masked_fill(~there, torch.inf).sort(1).values, mask.sum(1) - 1
+        places = [(share * last).round().long()[:, None, None].expand(-1, 1, values.shape[-1]) for share in QUANTILES]
+        del found[2]  # the mean change tells the first and the last frame alone
+        return torch.cat([*found, *(ranked.gather(1, place)[:, 0] for place in places)], -1)
+
+    def hidden(self, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, t, size], bool [b, t] -> [b, 1, width], bool [b, 1]: a sequence of one."""
+        statistics = (self.described(audio, mask) - self.mean) / self.std
+        return F.gelu(self.layer(self.before(statistics)))[:, None], mask[:, :1]
+
+
+def prepare(model: Model, splits: Splits, device: torch.device) -> Splits:
+    """Measure the scale of each statistic over the training part."""
+    net = model.net
+    if isinstance(net, Statistics):
+        batches = map(splits.train.__getitems__, torch.arange(len(splits.train)).split(64))
+        found = torch.cat([net.described(batch["audio"], batch["audio_mask"]) for batch in batches])
+        net.mean.copy_(found.mean(0))
+        net.std.copy_(found.std(0, correction=0) + 1e-5)
+    return splits
 
 
 def varied(image: Tensor, mask: Tensor, config: Config) -> Tensor:
