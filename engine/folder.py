@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import types
 from pathlib import Path
 from typing import IO, Any
@@ -11,6 +10,7 @@ import tomli
 
 from engine import checkpoint, process, tracking
 from engine.config import UserError, dump_toml
+from engine.process import write_text
 from engine.settings import Settings
 
 
@@ -52,16 +52,6 @@ def refuse_others(run: Path, settings: Settings, script: str) -> None:
     # The same command again goes on; so does a path to the folder itself.
     if source not in ("auto", values["run"].get("resume")) and Path(source).resolve() != run.resolve():
         raise UserError(f"{run}: it holds a run already; run.resume = {source!r} begins another from there: set run.dir to a new folder")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all, also through a kill or a full disk."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def write_inputs(run: Path, info: Any, preprocessing: dict[str, Any], files: dict[str, str] = {}) -> None:

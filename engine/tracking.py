@@ -158,9 +158,7 @@ class Tracker:
             self._tell("open", step)
 
     def write_record(self) -> None:
-        aside = self.run / ".tracker.json.tmp"
-        aside.write_text(json.dumps(self.record, indent=1))
-        os.replace(aside, self.run / "tracker.json")
+        process.write_text(self.run / "tracker.json", json.dumps(self.record, indent=1))
 
     def log(self, line: dict[str, Any]) -> None:
         """A line of steps.jsonl or metrics.jsonl."""
