@@ -139,7 +139,7 @@ def index(root: Path, runs: Sequence[Run]) -> None:
         rows.append(row | {"date": time.strftime("%Y-%m-%d %H:%M", time.localtime(when)), "commit": text(run.commit)})
     body = [f'<h1>{len(runs)} runs</h1><p class="dim">{text(str(root))}</p><input placeholder="filter by words, sort by a click on a head">']
     body.append(f"{table(rows, escape=False, index=False)}<script>{SORT}</script>")
-    (root / "index.html").write_text(document(f"{len(runs)} runs", body, "wide"))
+    (root / "index.html").write_text(document(f"{len(runs)} run{'s' * (len(runs) != 1)}", body, "wide"))
 
 
 def main() -> None:
