@@ -15,7 +15,7 @@ test: $(VENV)/.extra            ## within 10 minutes on two cores
 test-all: $(VENV)/.extra        ## the slow ones
 	$(RUN) -m pytest -n 2 --dist loadscope -m slow
 
-test-long: $(VENV)/.extra       ## what needs an idle machine, and recipes that do not reach their score yet
+test-long: $(VENV)/.extra       ## what needs an idle machine, or minutes of training
 	$(RUN) -m pytest -m long
 
 lint: $(VENV)/.extra
