@@ -220,15 +220,18 @@ class LightGBM(Library):
             kept["predictions"] = predictions
             return "kept", 0.0, True
 
+        def predicted(booster: Any) -> np.ndarray:
+            booster.eval_valid(keep)  # as a metric of train(), keep() would be given predictions after each round
+            return kept["predictions"]
+
         def after(env: Any) -> None:
             if said:  # also a line for each tree that could not be split
                 self.refuse(re.findall(r"Unknown parameter: (\S+)", " ".join(said)))
                 said.clear()
             if not env.evaluation_result_list:
                 raise UserError(f"boost.params.metric = {params.get('metric')!r}: lightgbm measures nothing by it; name one of its metrics")
-            # As a metric of train(), keep() would be given predictions after each round.
-            predictions = lambda: (env.model.eval_valid(keep), kept["predictions"])[1]  # noqa: E731
-            watch(env.iteration + 1, *env.evaluation_result_list[0][1:3], lambda: env.model.eval_train()[0][2], predictions)
+            metric, value = env.evaluation_result_list[0][1:3]
+            watch(env.iteration + 1, metric, value, lambda: env.model.eval_train()[0][2], lambda: predicted(env.model))
 
         stop = [self.module.early_stopping(boost.patience, first_metric_only=True, verbose=False)] if boost.patience else []
         booster = self.module.train(params, train, boost.rounds, valid_sets=[valid], valid_names=["valid"], callbacks=[after, *stop])

@@ -1,6 +1,7 @@
 """What a study leaves: trials.csv, best.toml, pictures, its record in the trackers. And LightGBM's stepwise study."""
 
 import contextlib
+import functools
 import importlib
 import shlex
 import warnings
@@ -79,6 +80,7 @@ def write_best(values: dict[str, Any], settings: Settings, place: Path) -> None:
     write_text(place / "best.toml", tomli_w.dumps(found))
 
 
+@functools.cache
 def import_what_draws() -> None:
     """Ahead of time, while workers train: it takes two seconds."""
     for name in ("pandas", "matplotlib.pyplot", "optuna.visualization", "sklearn.ensemble", "plotly.graph_objects"):

@@ -150,21 +150,24 @@ class Statistics(nn.Module):
 
     def described(self, audio: Tensor, mask: Tensor) -> Tensor:
         """[b, t, size], bool [b, t] -> [b, statistics]: mean, deviation, deviation of the change between frames, and quantiles of each band."""
-        values, there = torch.cat([audio, audio @ self.cosines], -1), mask[..., None]
-        found = []
-        for some, known in ((values, there), (values.diff(dim=1), there[:, 1:])):
-            count = known.sum(1).clamp_min(1)
-            mean = (some * known).sum(1) / count
-            found += [mean, (((some - mean[:, None]) ** 2 * known).sum(1) / count + 1e-6).sqrt()]
-        ranked, last = values.masked_fill(~there, torch.inf).sort(1).values, mask.sum(1) - 1
+        values = torch.cat([audio, audio @ self.cosines], -1)
+        mean, deviation = moments(values, mask)
+        _, change = moments(values.diff(dim=1), mask[:, 1:])  # its mean tells the first and the last frame alone
+        ranked, last = values.masked_fill(~mask[..., None], torch.inf).sort(1).values, mask.sum(1) - 1
         places = [(share * last).round().long()[:, None, None].expand(-1, 1, values.shape[-1]) for share in QUANTILES]
-        del found[2]  # the mean change tells the first and the last frame alone
-        return torch.cat([*found, *(ranked.gather(1, place)[:, 0] for place in places)], -1)
+        return torch.cat([mean, deviation, change, *(ranked.gather(1, place)[:, 0] for place in places)], -1)
 
     def hidden(self, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """[b, t, size], bool [b, t] -> [b, 1, width], bool [b, 1]: a sequence of one."""
         statistics = (self.described(audio, mask) - self.mean) / self.std
         return F.gelu(self.layer(self.before(statistics)))[:, None], mask[:, :1]
+
+
+def moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation over what is there: [b, t, n], bool [b, t] -> [b, n] each. One frame has no change: zeros."""
+    there, count = mask[..., None], mask.sum(1, keepdim=True).clamp_min(1)
+    mean = (values * there).sum(1) / count
+    return mean, (((values - mean[:, None]) ** 2 * there).sum(1) / count + 1e-6).sqrt()
 
 
 def prepare(model: Model, splits: Splits, device: torch.device) -> Splits:

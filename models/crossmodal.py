@@ -100,5 +100,4 @@ def prepare(model: Model, splits: Splits, device: torch.device) -> Splits:
     model.to(device).eval()
     parts = {part: Encoded(data, {side: encoded(model.encoders[side], side, data, device) for side in model.encoders})
              for part, data in (("train", splits.train), ("valid", splits.valid), ("test", splits.test)) if data is not None}  # fmt: skip
-    model.train()
     return dataclasses.replace(splits, **parts)

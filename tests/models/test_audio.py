@@ -10,6 +10,7 @@ import scipy.fft
 import torch
 
 import commands
+import sounds
 from data import Info, Splits
 from engine.config import UserError
 from models.audio import Config, Model, blots, prepare, varied
@@ -61,8 +62,8 @@ def test_statistics_are_those_of_numpy_and_of_one_scale() -> None:
             return {"audio": 3 + torch.randn(len(rows), 24, 16), "audio_mask": torch.ones(len(rows), 24, dtype=torch.bool)}
 
     prepare(model, Splits(Sounds(), None, None, info(), {}), torch.device("cpu"))
-    sounds = Sounds().__getitems__(torch.arange(100))
-    scaled = (model.net.described(sounds["audio"], sounds["audio_mask"]) - model.net.mean) / model.net.std
+    given = Sounds().__getitems__(torch.arange(100))
+    scaled = (model.net.described(given["audio"], given["audio_mask"]) - model.net.mean) / model.net.std
     assert float(scaled.mean(0).abs().max()) < 1
     assert float(scaled.std(0).min()) > 0.5 and float(scaled.std(0).max()) < 2
 
@@ -118,12 +119,9 @@ def test_any_classifier_of_transformers_over_waveforms(tmp_path: Path, kind: str
 
 def write_tones(folder: Path) -> None:
     """60 noises of three kinds, by where their power lies."""
-    soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed")
     generator, lines = np.random.default_rng(0), ["path,label"]
     for number in range(60):
-        power = np.fft.rfft(generator.normal(size=6400))
-        third = np.arange(len(power)) * 3 // len(power) == number % 3
-        soundfile.write(folder / f"{number}.wav", 0.3 * np.fft.irfft(power * (third + 0.1)), 16000)
+        sounds.write_noise(folder / f"{number}.wav", generator, 6400, number % 3)
         lines.append(f"{number}.wav,{'abc'[number % 3]}")
     (folder / "tones.csv").write_text("\n".join(lines))
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import commands
+import sounds
 from data import Info, Splits
 from data.utterances import Config as DataConfig
 from data.utterances import load
@@ -73,9 +74,7 @@ def write_data(folder: Path) -> None:
     """48 utterances: the sound tells one bit of four labels, the transcript the other."""
     generator, lines = np.random.default_rng(0), ["path,text,label"]
     for number in range(48):
-        noise = np.fft.rfft(generator.normal(size=3200))
-        third = np.arange(len(noise)) * 3 // len(noise) == number % 2
-        soundfile.write(folder / f"{number}.wav", 0.3 * np.fft.irfft(noise * (third + 0.1)), 16000)
+        sounds.write_noise(folder / f"{number}.wav", generator, 3200, number % 2)
         lines.append(f"{number}.wav,{('mono', 'bibi')[number // 2 % 2] * (1 + number % 3)},{'abcd'[number % 4]}")
     (folder / "all.csv").write_text("\n".join(lines))
 
