@@ -67,7 +67,9 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
                 if run:
                     keep(run, watch, library, booster, step)
                 else:
-                    scores.append(boosting.score(boosting.scorer_of(settings, info), watch.part, library.predict(booster, data.matrix[fold[1]])))
+                    # Trees take as long to predict by as some of them took to grow: the last look may have been at just these.
+                    predictions = watch.seen[1] if watch.seen[0] == step else library.predict(booster, data.matrix[fold[1]])
+                    scores.append(boosting.score(boosting.scorer_of(settings, info), watch.part, predictions))
                     steps.append(step)
         return conclude(run, settings, data, folds, tracker) if run else {"best": over_folds(np.mean, scores), "step": round(np.mean(steps))}
 
@@ -81,6 +83,7 @@ class Watch:
 
         self.settings, self.part, self.number, self.on_round, self.logs, self.request = settings, part, number, on_round, logs, request
         self.metric, self.valid, self.train, self.begun = "", [], {}, time.perf_counter()
+        self.seen: tuple[int, np.ndarray | None] = (0, None)  # the round of the last look at validation predictions, and these
         # Of the one score that decides, kept over the rounds: to make it anew takes longer than some rounds.
         self.decides = metrics.best_rule(settings.task, part.data.table.info, None)[1]
         self.scorer = boosting.scorer_of(settings, part.data.table.info, [self.decides]) if on_round else None
@@ -102,7 +105,8 @@ class Watch:
         for log in self.logs:
             log({"step": step, "fold": self.number, "round": rounds, "train": {metric: self.train[rounds]}, "valid": {metric: value}})
         if self.on_round:
-            self.on_round(step, boosting.score(self.scorer, self.part, predictions())[self.decides])
+            self.seen = rounds, predictions()
+            self.on_round(step, boosting.score(self.scorer, self.part, self.seen[1])[self.decides])
         self.bar.set_postfix({metric: f"{value:.5g}"}, refresh=False)
         if self.logs and self.bar.disable and rounds % 500 == 0:
             process.say(f"{self.title}  round {rounds}  {metric} {value:.5g}")

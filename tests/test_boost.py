@@ -256,6 +256,16 @@ def test_a_trial_writes_nothing_prepares_once_and_can_be_pruned(folder, tmp_path
         boost(settings, table, prune, trial=True)
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_trial_scores_its_last_look_at_the_trees_without_another_prediction(folder, monkeypatch, library):
+    settings = settings_of(folder, f"boost.library={library}", "boost.folds=3", "boost.patience=0", "boost.rounds=40")
+    table = script.boosting.config.module("data", "table").read(settings.data)
+    predicted = boost(settings, table, None, trial=True)
+    monkeypatch.delattr(boosting.LIBRARIES[library], "predict")
+    seen = boost(settings, table, lambda *_: None, trial=True)
+    assert seen == {"step": 40, "best": pytest.approx(predicted["best"], rel=1e-6)}
+
+
 def test_folds_keep_classes_groups_and_time(folder):
     def folds(*overrides):
         settings = settings_of(folder, "boost.folds=4", *overrides)
