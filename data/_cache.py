@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -66,8 +67,10 @@ class Arrays:
 def packed(read: Callable[[dict[str, Any]], Iterable[np.ndarray]], dtype: type, key: str = "") -> Arrays:
     """The arrays that `read(more)` yields, one a row, all of one shape [length, ...] or empty; it may leave JSON in `more`.
 
-    With a key they are memory-mapped, and read only where its folder is not there yet.
+    With a key they are rows of an Arrow file that is memory-mapped, and read only where its folder is not there yet.
     """
+    import pyarrow as pa  # it takes a while, which --help need not wait for
+
     if not key:
         more: dict[str, Any] = {}
         arrays = [np.asarray(array, dtype) for array in read(more)]
@@ -81,10 +84,16 @@ def packed(read: Callable[[dict[str, Any]], Iterable[np.ndarray]], dtype: type, 
                 np.asarray(array, dtype).tofile(values)
                 starts.append(starts[-1] + len(array))
                 shape = list(array.shape[1:]) or shape
-            values.write(bytes(8))  # an empty file could not be mapped
-        np.save(folder / "starts.npy", np.array(starts))
-        (folder / "more.json").write_text(json.dumps({"shape": shape, "more": more}))
+        # One batch, so that a row is found without knowing which batch it is in; its values pass through the map, not through memory.
+        values = pa.py_buffer(np.memmap(folder / "values", dtype, "r")) if starts[-1] else pa.py_buffer(b"")
+        flat = pa.Array.from_buffers(pa.from_numpy_dtype(dtype), starts[-1] * math.prod(shape), [None, values])
+        lists = pa.LargeListArray.from_arrays(pa.array(np.array(starts) * math.prod(shape)), flat)
+        batch = pa.record_batch({"rows": lists}).replace_schema_metadata({"about": json.dumps({"shape": shape, "more": more})})
+        with pa.ipc.new_file(folder / "rows.arrow", batch.schema) as file:
+            file.write_batch(batch)
+        (folder / "values").unlink()
 
-    place = kept(key, write)
-    starts, told = np.load(place / "starts.npy"), json.loads((place / "more.json").read_text())
-    return Arrays(np.memmap(place / "values", dtype, "r", shape=(int(starts[-1]), *told["shape"])), starts, told["more"])
+    batch = pa.ipc.open_file(pa.memory_map(str(kept(key, write) / "rows.arrow"))).get_batch(0)
+    rows, told = batch.column("rows"), json.loads(batch.schema.metadata[b"about"])
+    shape = told["shape"]
+    return Arrays(rows.values.to_numpy().reshape(-1, *shape), rows.offsets.to_numpy() // math.prod(shape), told["more"])

@@ -78,12 +78,10 @@ def learn(config: Tokenizing, chunks: Iterable[list[str]]) -> Any:
     shared = {"vocab_size": config.vocabulary, "special_tokens": [*SPECIAL.values()], "show_progress": False}
     if config.tokenizer == "bpe":
         tokenizer, trainer = Tokenizer(models.BPE(unk_token="[UNK]")), trainers.BpeTrainer(**shared)
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     else:
         tokenizer, trainer = Tokenizer(models.WordLevel(unk_token="[UNK]")), trainers.WordLevelTrainer(min_frequency=2, **shared)
-    if config.tokenizer == "characters":
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-    else:
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.normalizer = normalizers.Sequence(normalizer(config.normalize))
     tokenizer.train_from_iterator(chunks, trainer)
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]

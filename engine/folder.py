@@ -22,6 +22,7 @@ def claim(run: Path, settings: Settings, script: str = "train") -> IO[str]:
     # What could not be continued is refused before the lock: the owner's settings are the clearer answer.
     refuse_others(run, settings, script)
     owner = process.lock(run)
+    refuse_others(run, settings, script)  # again: who owned it until a moment ago may have begun a run of other settings
     try:
         source = settings.run.resume
         if source not in ("auto", "never") and not checkpoint.folders(run):

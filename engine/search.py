@@ -23,6 +23,7 @@ RANGE_KEYS = {"low", "high", "log", "step"}
 MOST_FAILURES = 5  # one after another
 TRIES = 3  # of a trial whose worker died
 UNSIGNED = 5  # seconds within which a worker signs a trial
+AHEAD = 4  # waiting trials for each worker, at least 16 in all: a study that is told to end earlier must not have queued thousands
 
 
 def rule(settings: Settings) -> tuple[str, str]:
@@ -169,11 +170,14 @@ def storage(folder: Path, url: str) -> Any:
         path = folder / "study.journal"
         backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=JournalLock(path))
         return optuna.storages.JournalStorage(backend)
-    try:
-        return optuna.storages.get_storage(url)
-    except (SQLAlchemyError, ValueError, ImportError, OSError) as error:
-        said = tracking.without_secrets(str(error).splitlines()[0])
-        raise UserError(f"tune.storage = {tracking.without_secrets(url)!r}: cannot be reached: {said}") from None
+    for last in (False, True):
+        try:
+            return optuna.storages.get_storage(url)
+        except (SQLAlchemyError, ValueError, ImportError, OSError) as error:
+            if last:
+                said = tracking.without_secrets(str(error).splitlines()[0])
+                raise UserError(f"tune.storage = {tracking.without_secrets(url)!r}: cannot be reached: {said}") from None
+            time.sleep(1)  # another machine may have made the same tables at this moment
 
 
 def open_study(settings: Settings, folder: Path, seed: int) -> Any:
@@ -250,25 +254,28 @@ class Search:
         trials = self.study.get_trials(deepcopy=False)
         return [trial for trial in trials if "slot" in trial.user_attrs and (not states or trial.state.name in states)]
 
-    def waiting(self) -> bool:
-        return bool(self.in_state("WAITING"))
+    def wanted(self, trial: Any) -> bool:
+        """Not where tune.trials is less than it was when it was queued."""
+        return trial.user_attrs["slot"] < self.settings.tune.trials
+
+    def waiting(self) -> int:
+        return sum(map(self.wanted, self.in_state("WAITING")))
 
     def unsigned(self) -> bool:
         return any("worker" not in trial.user_attrs for trial in self.in_state("RUNNING"))
 
     def top_up(self) -> None:
-        """Fail the trials of dead workers and queue their values again; see that each slot has a trial."""
+        """Fail the trials of dead workers and queue their values again; see that the next slots have a trial."""
         from optuna.trial import TrialState, create_trial
 
         for trial in self.in_state("RUNNING"):
             if not at_work(trial):
                 self.study.tell(trial.number, state=TrialState.FAIL)
         slots: dict[int, list[Any]] = {slot: [] for slot in range(self.settings.tune.trials)}
-        for trial in self.in_state():
-            slots.setdefault(trial.user_attrs["slot"], []).append(trial)
-        for slot, trials in slots.items():
-            if any(trial.state.name != "FAIL" for trial in trials):
-                continue
+        for trial in filter(self.wanted, self.in_state()):
+            slots[trial.user_attrs["slot"]].append(trial)
+        empty = [(slot, trials) for slot, trials in slots.items() if all(trial.state.name == "FAIL" for trial in trials)]
+        for slot, trials in empty[: max(0, max(16, AHEAD * self.settings.tune.workers) - self.waiting())]:
             attributes, known = {"slot": slot, "try": 1}, {}
             if not trials and slot == 0:
                 known = {"fixed_params": first_trial(self.settings)}
@@ -283,7 +290,7 @@ class Search:
         trial = self.study.ask()
         slot = trial.user_attrs.get("slot")
         rivals = [other for other in self.in_state() if other.user_attrs["slot"] == slot and other.number < trial.number]
-        if slot is None or any(other.state.name != "FAIL" for other in rivals):
+        if slot is None or not self.wanted(trial) or any(other.state.name != "FAIL" for other in rivals):
             self.tell(trial, "FAIL", None)
             return None
         trial.set_user_attr("worker", identity())

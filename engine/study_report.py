@@ -25,7 +25,7 @@ PICTURES = {
 def conclude(found: Search, tracker: tracking.Tracker) -> None:
     """Write what there is so far, also of a study that was cut short."""
     settings, place, study = found.settings, found.place, found.study
-    trials = [trial for trial in found.in_state() if trial.state.is_finished()]
+    trials = [trial for trial in found.in_state() if trial.state.is_finished() and (found.wanted(trial) or trial.state.name != "FAIL")]
     table = rows(trials, settings)
     write_trials(table, place)
     if finished := [trial for trial in trials if trial.state.name == "COMPLETE"]:
@@ -163,8 +163,8 @@ def stepwise(settings: Settings, place: Path) -> None:
         finally:
             trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
             write_trials(rows(trials, settings), place)
-            if any(trial.state.name == "COMPLETE" for trial in trials):
+            if found := any(trial.state.name == "COMPLETE" for trial in trials):
                 tuned = {name for trial in trials for name in trial.params}
                 write_best({f"boost.params.{name}": value for name, value in tuner.best_params.items() if name in tuned}, settings, place)
                 draw(study, place, 0, [])
-            say_where(settings, place, True)
+            say_where(settings, place, found)

@@ -104,6 +104,7 @@ def root(tmp_path_factory):
 
 def tune(root, place, *words, log="tune", **how):
     """A supervisor starts its workers by its own command line, so it is a process as a user starts it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
     environment = {"READS": str(place.with_name("reads")), **how.pop("environment", {})}
     words = ["--config", root / "x.toml", f"run.dir={place}", *words]
     return launch.start(*words, script=root / "tune.py", folder=root, log=place.with_name(f"{log}.log"), cold=True, **how, **environment)
@@ -130,7 +131,7 @@ def finished(place):
     return [slot for state, slot in states(place) if state in ("COMPLETE", "PRUNED")]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_study_from_the_config_to_the_tuned_run(root, tmp_path):
     place = tmp_path / "study"
     words = ["tune.workers=2", "data.name=counted", "tune.trials=10"]
@@ -163,7 +164,7 @@ def test_a_study_from_the_config_to_the_tuned_run(root, tmp_path):
     assert json.loads(run.read_text())["best"]["accuracy"] == pytest.approx(float(best["value"]))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_boosted_trials_are_pruned_over_rounds(root, tmp_path):
     place = tmp_path / "study"
     space = 'tune.space={"boost.params.learning_rate" = { low = 1e-3, high = 0.5, log = true }, "boost.params.num_leaves" = { low = 2, high = 40 }}'
@@ -179,7 +180,7 @@ def test_boosted_trials_are_pruned_over_rounds(root, tmp_path):
     assert tomli.loads((place / "best.toml").read_text())["boost"]["params"]["min_data_in_leaf"] == 5  # a free table is replaced whole
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_failing_trials_have_their_reason_and_five_stop_the_study(root, tmp_path):
     space = 'tune.space={"model.width" = [4, 8, 16]}'
     some = tune(root, tmp_path / "some", space, "model.name=counted", environment={"FAILS": "16"}).succeed(300)
@@ -197,7 +198,7 @@ def test_failing_trials_have_their_reason_and_five_stop_the_study(root, tmp_path
     assert "the last by: Diverged: " in diverging.text
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_workers_and_keeps_what_is_there(root, tmp_path, number):
     place = tmp_path / "study"
@@ -216,7 +217,7 @@ def test_a_signal_ends_the_workers_and_keeps_what_is_there(root, tmp_path, numbe
     assert f"done {done}/{done}" in tune(root, place, f"tune.trials={done}", log="again").succeed(300)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_grids_other_samplers_and_timeouts(root, tmp_path):
     grid = 'tune.sampler_options={search_space = {"model.width" = [4, 8, 12]}}'
     tune(
@@ -230,10 +231,11 @@ def test_grids_other_samplers_and_timeouts(root, tmp_path):
     ).succeed(300)
     assert set(trials_of(tmp_path / "grid")["model.width"]) == {4, 8, 12}
     words = ["tune.sampler=RandomSampler", "tune.pruner=HyperbandPruner", "tune.timeout=1", "tune.trials=100000"]
-    assert "left 0:00:00" in tune(root, tmp_path / "late", *words, log="late").succeed(300)
+    assert re.search("left 0:00:0[01]", tune(root, tmp_path / "late", *words, log="late").succeed(300))
+    assert len(finished(tmp_path / "late")) < 1000
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_second_supervisor_joins_by_the_storage(root, tmp_path):
     """Two folders stand for two machines; the count is exact though both queue trials."""
     url = f"tune.storage=sqlite:///{tmp_path / 'shared.db'}"
@@ -314,7 +316,7 @@ def test_a_rank_that_fails_alone_ends_all_and_the_study_goes_on(root, tmp_path):
     assert sorted(finished(place)) == [0, 1]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_strategy_gives_each_trial_its_own_process(root, tmp_path):
     tune(
         root, tmp_path / "study", 'tune.space={"strategy.name" = ["ddp", "zero2"], "optim.lr" = { low = 1e-3, high = 1e-2 }}', "tune.trials=3"
@@ -334,7 +336,7 @@ def test_each_trial_is_in_the_tracker_under_one_group(root, tmp_path):
         assert place.name.encode() in record.read_bytes()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_lightgbm_stepwise_over_folds(root, tmp_path):
     place = tmp_path / "study"
     words = ["tune.method=lightgbm-stepwise", "boost.folds=3", "boost.rounds=20", "task.best=min loss", "data.dataset=breast_cancer"]
@@ -408,7 +410,7 @@ def test_wrong_input_is_one_clear_line(wrong, name):
     assert "secretword" not in ended.text
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_study_of_another_space_and_data_that_cannot_be_read(root, tmp_path):
     place = tmp_path / "study"
     tune(root, place, "tune.trials=1").succeed(300)

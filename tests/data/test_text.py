@@ -1,11 +1,13 @@
 """Texts: reading, tokens, batches, predicting on new files, and what a user's file may have wrong."""
 
+import itertools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -54,7 +56,7 @@ def texts_of(splits: Splits, part: Any) -> list[str]:
 # Batches
 
 
-@pytest.mark.parametrize("tokenizer", ["characters", "bpe"])
+@pytest.mark.parametrize("tokenizer", ["characters", "bpe", "auto"])
 def test_tokens_are_the_texts_and_targets_their_labels(tmp_path, tokenizer):
     write(tmp_path, reviews())
     splits = load(tmp_path, tokenizer=tokenizer, vocabulary=100)
@@ -130,6 +132,17 @@ def test_a_tokenizer_is_learned_from_the_training_rows_alone(tmp_path):
     assert set(texts_of(splits, splits.test)) == {""}  # unknown, which is skipped as special tokens are
 
 
+def test_tokens_are_an_arrow_file_that_is_memory_mapped(tmp_path):
+    write(tmp_path, reviews(5000))
+    load(tmp_path)
+    tokens = load(tmp_path).train.arrays["tokens"]
+    [path] = (tmp_path / "cache").glob("tokens-*/rows.arrow")
+    with pa.ipc.open_file(path) as file:
+        rows = file.read_all().column("rows")
+    assert [tokens.values[first:end].tolist() for first, end in itertools.pairwise(tokens.starts)] == rows.to_pylist()
+    assert str(path) in Path("/proc/self/maps").read_text()
+
+
 def test_it_is_learned_and_applied_once(tmp_path, monkeypatch):
     write(tmp_path, reviews())
     first = load(tmp_path, tokenizer="bpe", vocabulary=80)
@@ -138,7 +151,7 @@ def test_it_is_learned_and_applied_once(tmp_path, monkeypatch):
     monkeypatch.setattr(_tokenizer, "encode", None)
     again = load(tmp_path, tokenizer="bpe", vocabulary=80)
     kept_tokens, read_tokens = first.train.arrays["tokens"].values, again.train.arrays["tokens"].values
-    assert isinstance(read_tokens, np.memmap) and (kept_tokens == read_tokens).all()
+    assert (kept_tokens == read_tokens).all()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()} == kept
     write(tmp_path, [*reviews(59), ("new", "pos")])
     with pytest.raises(TypeError):  # another text, another cache
