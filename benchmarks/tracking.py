@@ -125,8 +125,8 @@ def start(pairs: int) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--rounds", type=int, default=60, help="rounds that count; three more come before them")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps in a round")
+    parser.add_argument("--rounds", type=int, default=120, help="rounds that count; three more come before them")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps in a round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=7, help="starts without and with tracking")
     options = parser.parse_args()
