@@ -256,8 +256,8 @@ def keep_working(found: Search, workers: dict[int, subprocess.Popen]) -> None:
     shown, deaths, done = "", 0, 0
     while True:
         deaths = count_deaths(workers, deaths)
-        settled = not found.in_state("RUNNING", "WAITING")
-        found.top_up()
+        settled = not found.in_state("RUNNING", "WAITING")  # and what is queued now may run a moment later
+        settled = not found.top_up() and settled
         if (now_done := len(found.in_state("COMPLETE", "PRUNED"))) > done:
             deaths, done = 0, now_done
         line = found.line()

@@ -264,8 +264,8 @@ class Search:
     def unsigned(self) -> bool:
         return any("worker" not in trial.user_attrs for trial in self.in_state("RUNNING"))
 
-    def top_up(self) -> None:
-        """Fail the trials of dead workers and queue their values again; see that the next slots have a trial."""
+    def top_up(self) -> int:
+        """Fail the trials of dead workers and queue their values again; see that the next slots have a trial. Returns how many were queued."""
         from optuna.trial import TrialState, create_trial
 
         for trial in self.in_state("RUNNING"):
@@ -275,7 +275,8 @@ class Search:
         for trial in filter(self.wanted, self.in_state()):
             slots[trial.user_attrs["slot"]].append(trial)
         empty = [(slot, trials) for slot, trials in slots.items() if all(trial.state.name == "FAIL" for trial in trials)]
-        for slot, trials in empty[: max(0, max(16, AHEAD * self.settings.tune.workers) - self.waiting())]:
+        queued = empty[: max(0, max(16, AHEAD * self.settings.tune.workers) - self.waiting())]
+        for slot, trials in queued:
             attributes, known = {"slot": slot, "try": 1}, {}
             if not trials and slot == 0:
                 known = {"fixed_params": first_trial(self.settings)}
@@ -284,6 +285,7 @@ class Search:
                 known = {"fixed_params": trials[-1].system_attrs.get("fixed_params", {}) | trials[-1].params}
             # Where nothing is known the attribute must be missing: some samplers leave a trial that has it alone.
             self.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes, system_attrs=known))
+        return len(queued)
 
     def draw(self) -> Any:
         """The next waiting trial, signed; None where another worker was faster."""
@@ -297,12 +299,15 @@ class Search:
         return trial
 
     def tell(self, trial: Any, state: str, value: Any) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         if state == "FAIL" and value:
             trial.set_user_attr("reason", value)
         try:
             self.study.tell(trial, value if state == "COMPLETE" else None, state=TrialState[state])
+        except UpdateFinishedTrialError:
+            pass  # a supervisor took its worker for dead at this moment
         except RuntimeError:  # how a sampler that has tried all says so, outside of Optuna's own loop
             self.study.set_user_attr("exhausted", True)
 
