@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine import checkpoint, config, evaluate, export, folder, metrics, process, report, settings, vote
+from engine import checkpoint, config, evaluate, export, folder, metrics, process, report, settings, tracking, vote
 from engine.boosting import BoostPredictor
 from engine.config import UserError
 
@@ -216,19 +216,35 @@ def main() -> None:
         runs[0] = Path(process.on_rank_zero(lambda: str(chosen_weights(runs[0], options.checkpoint))))
     members = [open_run(path, device, overrides, options.config) for path in runs]
     predictor = vote.Vote(members, options.weights, options.average) if len(runs) > 1 or runs[0].is_file() else members[0]
-    if options.fit_weights:
-        predictor.fit()
-    if options.split:
-        dataset = predictor.split(options.split)
-        if dataset is None:
-            raise UserError(f"--split {options.split}: these data have no such part; set data.{options.split}")
-        scores, _, _ = predictor.score(dataset)
-        process.say(f"{options.split}: {report.scores_text(scores)}")
-    if options.input:
-        scores = predict_file(predictor, options.input, options.output, options.logits)
-        if scores:
-            process.say(f"{options.input}: {report.scores_text(scores)}")
-        process.say(f"predictions {options.output}")
+    with recorded(predictor, "predict" if options.input else "test") as tracker:
+        if options.fit_weights:
+            predictor.fit()
+        found = {}
+        if options.split:
+            dataset = predictor.split(options.split)
+            if dataset is None:
+                raise UserError(f"--split {options.split}: these data have no such part; set data.{options.split}")
+            found[options.split], _, _ = predictor.score(dataset)
+            process.say(f"{options.split}: {report.scores_text(found[options.split])}")
+        if options.input:
+            found["input"] = predict_file(predictor, options.input, options.output, options.logits)
+            if found["input"]:
+                process.say(f"{options.input}: {report.scores_text(found['input'])}")
+            process.say(f"predictions {options.output}")
+        cells = [[part, score, value] for part, scores in found.items() for score, value in scores.items()]
+        tracker.conclude(0, found, [], (["part", "score", "value"], cells))
+
+
+def recorded(predictor: Any, script: str) -> tracking.Tracker:
+    """A test or a prediction in the trackers of its run and in its alerts. Its record is kept in the folder of that name in the run's."""
+    run = predictor.path.parent if (predictor.path.parent / "tracker.json").exists() else predictor.path
+    wanted = predictor.settings.track.to or os.environ.get("PLAINLOOP_ALERTS")
+    place = run / script if wanted and os.access(run, os.W_OK) else None
+    tracker = tracking.Tracker(predictor.settings, place, script, of="boost" if (run / "folds").is_dir() else "train")
+    if tracker.run:
+        tracker.run.mkdir(exist_ok=True)
+    tracker.start(run_folder=str(run.resolve()))
+    return tracker
 
 
 if __name__ == "__main__":

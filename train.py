@@ -83,6 +83,8 @@ def train(settings: Settings, splits: Splits | None = None, on_eval: OnEval | No
             process.say(f"{run}: finished at step {experiment.progress.step}; more {more} would go on from there")
             if (run / "result.json").exists():
                 return folder.read_result(run)
+        if run and not experiment.finished:  # of a run that is continued; killed at its end, it must not be taken for what it is now
+            process.on_rank_zero(lambda: (run / "result.json").unlink(missing_ok=True))
         tracker.start(experiment.progress.step, **asdict(plan), parameters=report.parameter_count(experiment.model.parameters()))
         fit(experiment, tracker, on_eval)
         return conclude(experiment, run, tracker) if run else {"best": experiment.best_scores, "step": experiment.progress.step}
@@ -169,8 +171,8 @@ def fit(e: Experiment, tracker: tracking.Tracker, on_eval: OnEval | None) -> Non
                 elif not writing:
                     saver.commit()
                 if stop:
-                    saver.commit()
-                    raise process.Stopped(f"stopped by a signal at step {progress.step} and saved; the same command goes on")
+                    saved = "and saved" if saver.commit() else "but not saved, the last whole checkpoint stays"
+                    raise process.Stopped(f"stopped by a signal at step {progress.step} {saved}; the same command goes on")
                 agreement.issue(request.asked, saver.busy)
             saver.commit()
         except process.Diverged:

@@ -39,6 +39,7 @@ def main() -> None:
     settings = parse(files, overrides)
     place = tracking.run_folder(settings, "tune")
     if settings.tune.method == "lightgbm-stepwise":
+        signal.signal(signal.SIGTERM, stop)
         return study_report.stepwise(settings, place)
     search.check_space(settings)
     if process.world_size() > 1:
@@ -104,7 +105,9 @@ class Trials:
         score, last = search.rule(self.settings)[1], 0
         try:
             settings = replaced(self.settings, values | {"track.alerts": False})
-            with tracking.Tracker(settings, folder, "tune") as tracker:
+            # All trials of a study form a group.
+            called = {"group": folder.parent.parent.name, "called": f"trial {int(folder.name)}"} if folder else {}
+            with tracking.Tracker(settings, folder, "tune", **called) as tracker:
                 tracker.start()
 
                 def report(step: int, scores: dict[str, float]) -> None:
@@ -122,7 +125,7 @@ class Trials:
         except process.Stopped:
             raise
         except Exception as error:
-            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            said = tracking.without_secrets(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             exhausted = isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
         gc.collect()  # the traceback held what the trial had allocated
         if self.group:
@@ -134,10 +137,9 @@ class Trials:
 
 
 def record_folder(settings: Settings, place: Path, trial: Any) -> Path | None:
-    """Of a trial in the trackers: all of a study form a group."""
+    """Of a trial in the trackers."""
     if not settings.track.to:
         return None
-    os.environ |= {"WANDB_RUN_GROUP": place.name, "WANDB_NAME": f"trial {trial.number}"}
     folder = place / "trials" / f"{trial.number:04d}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -156,8 +158,9 @@ def work(settings: Settings, place: Path, number: int, begun: float) -> None:
     trials = Trials(settings)
     found = Search(settings, place, begun, number)
     while not found.over() and found.waiting():
-        if (trial := found.draw()) is None:
+        if (drawn := found.draw()) is None:
             continue
+        trial, values = drawn
 
         def decide(step: int, score: float, trial: Any = trial) -> None:
             from optuna import TrialPruned
@@ -165,7 +168,6 @@ def work(settings: Settings, place: Path, number: int, begun: float) -> None:
             if pruned(trial, step, score):
                 raise TrialPruned
 
-        values = search.suggest(trial, settings)
         found.tell(trial, *trials.attempt(values, decide, record_folder(settings, place, trial)))
         if needs_fresh_process(settings):
             return
@@ -196,8 +198,8 @@ def work_together(settings: Settings, place: Path) -> None:
         held["search"].top_up()
         if held["search"].over() or not held["search"].waiting():
             return None
-        held["trial"] = held["search"].draw()
-        return {} if held["trial"] is None else search.suggest(held["trial"], settings)
+        held["trial"], values = held["search"].draw() or (None, {})
+        return values
 
     def decide(step: int, score: float) -> None:
         if process.on_rank_zero(lambda: pruned(held["trial"], step, score)):
@@ -214,7 +216,7 @@ def work_together(settings: Settings, place: Path) -> None:
                 process.on_rank_zero(lambda outcome=outcome: held["search"].tell(held["trial"], *outcome))
                 process.on_rank_zero(lambda: print(held["search"].line(), flush=True))
         process.on_rank_zero(lambda: study_report.conclude(held["search"], tracker))
-    process.on_rank_zero(lambda: held["search"].refuse_failures())
+        process.on_rank_zero(lambda: held["search"].refuse_failures())
 
 
 # The supervisor: starts, replaces, reports
@@ -230,13 +232,14 @@ def lock(settings: Settings, place: Path) -> Any:
 def supervise(settings: Settings, place: Path) -> None:
     """Start workers, replace those that die, until the wanted number of trials has finished."""
     owner = lock(settings, place)  # noqa: F841, it lasts as long as this name
+    command = [sys.executable, *sys.argv]  # before a tracker, which hides passwords in it for a moment
     found = Search(settings, place, time.time())
     with tracking.Tracker(settings, place, "tune") as tracker:
         tracker.start()
         signal.signal(signal.SIGTERM, stop)
         workers: dict[int, subprocess.Popen] = {}
         try:
-            keep_working(found, workers)
+            keep_working(found, workers, command)
         except (KeyboardInterrupt, process.Stopped):
             print("\nstopped; finished trials are kept, the same command goes on", flush=True)
             raise
@@ -252,7 +255,7 @@ def stop(*_: Any) -> None:
     raise process.Stopped("stopped by a signal")
 
 
-def keep_working(found: Search, workers: dict[int, subprocess.Popen]) -> None:
+def keep_working(found: Search, workers: dict[int, subprocess.Popen], command: list[str]) -> None:
     shown, deaths, done = "", 0, 0
     while True:
         deaths = count_deaths(workers, deaths)
@@ -271,7 +274,7 @@ def keep_working(found: Search, workers: dict[int, subprocess.Popen]) -> None:
             break
         for number in range(found.settings.tune.workers if more else 0):
             if number not in workers:
-                workers[number] = start_worker(found, number)
+                workers[number] = start_worker(found, number, command)
         study_report.import_what_draws()
         time.sleep(0.1)
     for worker in workers.values():
@@ -290,13 +293,14 @@ def count_deaths(workers: dict[int, subprocess.Popen], deaths: int) -> int:
     return deaths
 
 
-def start_worker(found: Search, number: int) -> subprocess.Popen:
+def start_worker(found: Search, number: int, command: list[str]) -> subprocess.Popen:
     """A worker of its own GPU, or share of cores. It asks to die with this process, and hears no Ctrl-C of the terminal."""
     environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // found.settings.tune.workers)), **os.environ}
+    environment.pop("WANDB_SERVICE", None)  # the supervisor's own, which would end with it
     if count := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else range(count)
         environment["CUDA_VISIBLE_DEVICES"] = str(visible[number % count])
-    words = [sys.executable, *sys.argv, "--worker", str(number), str(os.getpid()), str(found.begun)]
+    words = [*command, "--worker", str(number), str(os.getpid()), str(found.begun)]
     return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -155,7 +156,10 @@ def read_files(
 
     key = ""
     if settings:
-        facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) if file and file.exists() else str(file) for file in files]
+        facts = [
+            (str(file), file.stat().st_size, file.stat().st_mtime_ns, os.access(file, os.R_OK)) if file and file.exists() else str(file)
+            for file in files
+        ]
         key = _cache.key_of("files", settings, [repr(facts).encode()])
     found = _cache.packed(arrays, dtype, key)
     return found, dict(found.more["bad"])
@@ -173,8 +177,10 @@ def first(files: Iterable[Any], read: Callable[[Any], Any]) -> Any:
 def shares(positions: Tensor, seed: int, count: int) -> np.ndarray:
     """float64 [b, count] in [0, 1): random numbers as a pure function of (seed, position), by the SplitMix64 hash."""
     state = positions.numpy().astype(np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
-    for constant in (seed, 0):
-        state = (state + np.uint64(constant + 1)) * np.uint64(0x9E3779B97F4A7C15)
+    # The seed is hashed: added as it is, seed `count` would be seed 0 of the next position.
+    start = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest())
+    for constant in (start, 1):
+        state = (state + np.uint64(constant)) * np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state ^= state >> np.uint64(31)

@@ -3,7 +3,9 @@
 Documents are cut into tokens once and packed end to end into a memory-mapped file; a block begins where the one before it ends.
 """
 
+import glob
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,8 @@ def blocks_of(tokens: np.ndarray, block: int) -> int:
 
 def paths(config: Config, part: str) -> list[Path]:
     """The files of a part, in order of their names. Raises UserError where a pattern has none."""
-    found = [sorted(path for path in Path(config.root).glob(pattern) if path.is_file()) for pattern in getattr(config, part)]
+    patterns = [os.path.join(glob.escape(config.root), pattern) for pattern in getattr(config, part)]
+    found = [sorted(path for path in map(Path, glob.iglob(pattern, recursive=True)) if path.is_file()) for pattern in patterns]
     if [] in found:
         raise UserError(f"data.{part}: no file is named {getattr(config, part)[found.index([])]!r} in {config.root}; correct it, or data.root")
     return list(dict.fromkeys(itertools.chain(*found)))

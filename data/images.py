@@ -106,7 +106,9 @@ def decode(source: Path | np.ndarray, shape: list[int] | None = None) -> np.ndar
     try:
         with Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source) as image:
             image = ImageOps.exif_transpose(image)
-            image = image.convert("L" if (shape[0] == 1 if shape else image.mode in ("1", "L", "LA", "I;16")) else "RGB")
+            if image.mode.startswith("I;16"):  # convert() would cut off what is above 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("L" if (shape[0] == 1 if shape else image.mode in ("1", "L", "LA")) else "RGB")
             pixels = np.asarray(ImageOps.fit(image, (shape[1] if shape else min(image.size),) * 2, Image.Resampling.BILINEAR))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{source}: cannot be read as an image ({str(error).replace(repr(str(source)), 'it')})") from None

@@ -6,6 +6,7 @@ of clips: the row's own window in the middle, and those of the rows before and a
 
 import dataclasses
 import functools
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def neighbours(files: np.ndarray, starts: np.ndarray, count: int) -> tuple[np.nd
 def windows(listing: _listing.Listing, config: Config, shape: list[int] | None = None) -> tuple[list[np.ndarray | None], np.ndarray, list[int]]:
     """Each row's recording, memory-mapped, and first sample, int64 [n]; and the recordings' shape without samples: that of the run, or of
     the first file. Rows whose windows are not whole and finite are left out of the parts."""
+    # Each recording that is mapped holds a file open; a thousand is a common limit.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     files = listing.files(config.file)
     texts = listing.texts[config.start].to_pylist() if config.start else ["0"] * len(files)
     opened = functools.cache(recording)
@@ -115,6 +118,8 @@ def recording(file: Path | None) -> np.ndarray:
         raise UserError(f"{file}: no such file") from None
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{file}: cannot be read as .npy: {error}") from None
+    if not isinstance(found, np.ndarray):
+        raise UserError(f"{file}: holds several arrays (.npz); save each as .npy")
     if found.ndim not in (2, 3) or found.dtype.kind not in "fiu":
         raise UserError(
             f"{file}: is {found.dtype} {list(found.shape)}, not a recording of numbers [channels, samples] or [channels, regions, samples]"

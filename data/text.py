@@ -54,6 +54,8 @@ def filled(listing: _listing.Listing, config: Config) -> Any:
         if skipped := int(bad[rows].sum()):
             listing.rows[part] = rows[~bad[rows]]
             listing.notes.append(f"skipped: {skipped:,} rows of {part} with an empty text")
+        if not len(listing.rows[part]) and part != "input":
+            raise UserError(f"data.{part}: every text of column {config.text!r} is empty")
     return texts
 
 

@@ -6,6 +6,7 @@ cut into tokens as in data/text.py, or by the tokenizer of a text run.
 """
 
 import functools
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,10 +52,8 @@ class Config(_listing.Config, _tokenizer.Tokenizing):
 
 def decode(path: Path, config: Config, done: list[str]) -> np.ndarray:
     """float32 [frames, mels] or [samples]. What was done to it is added to `done`. Raises UserError."""
-    try:
-        import soundfile
-    except ImportError:
-        raise UserError('data.name = "utterances": needs packages of requirements-extra.txt: pip install soundfile soxr') from None
+    import soundfile
+
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:  # soundfile's own error is a RuntimeError
@@ -111,6 +110,9 @@ def read_columns(listing: _listing.Listing, config: Config, tokenizer: Any, pad:
             size = listing.info.more.get(f"{key}_size") or getattr(_listing.first(files, features), "shape", [0])[-1]
             settings, read = ["features", size], functools.partial(features, size=size)
         elif key == "audio":
+            for package in ("soundfile", "soxr"):  # else each row would be bad for want of it, and stay so in the cache
+                if importlib.util.find_spec(package) is None:
+                    raise UserError(f'data.name = "utterances": needs packages of requirements-extra.txt: pip install {package}')
             files, read = listing.files(name), functools.partial(decode, config=config, done=done)
             settings = ["sounds", config.form, config.rate, config.seconds, config.mels]
         else:

@@ -25,6 +25,8 @@ from engine.process import Diverged
 from engine.tensors import StoredTensors, fsync_folder, sha256, write_tensors
 
 FORMAT = 1
+SUMS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""in which the values of a tensor are summed; of 65,504 a sum in float16 is infinite"""
 
 
 @dataclasses.dataclass
@@ -101,6 +103,7 @@ class Saver:
         self.buffers: dict[str, torch.Tensor] = {}
         self.thread: threading.Thread | None = None
         self.saved_step = saved_step
+        self.whole = True  # whether the last one written is
         if self.folder and process.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in [*self.folder.glob(".tmp-*"), *self.folder.glob(".old-*")]:
@@ -151,7 +154,11 @@ class Saver:
 
     def _write(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], sharded: bool) -> None:
         try:
-            bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not math.isfinite(float(tensor.sum()))]
+            bad = [
+                name
+                for name, tensor in weights.items()
+                if tensor.is_floating_point() and not math.isfinite(float(tensor.sum(dtype=SUMS.get(tensor.dtype))))
+            ]
             if bad:
                 self.failure = f"{bad[0]} is not finite"
                 return
@@ -167,19 +174,22 @@ class Saver:
         except OSError as error:  # disk full, permission: training goes on, the last whole checkpoint stays
             self.failure = str(error)
 
-    def commit(self) -> None:
-        """Collective. Waits for the writers, then makes the checkpoint exist by one rename. Raises Diverged."""
+    def commit(self) -> bool:
+        """Collective. Waits for the writers, then makes the checkpoint exist by one rename. Returns whether the last one does. Raises Diverged."""
         if self.thread is None:
-            return
+            return self.whole
         self.thread.join()
         self.thread = None
         phase("gather")
         reports = process.gather((self.written, self.failure))
         failures = [failure for _, failure in reports if failure]
         if any(failure.endswith("not finite") for failure in failures):
-            raise Diverged(f"{failures[0]} after step {self.saved_step}; the checkpoint before it stays the last")
+            failed = next(failure for failure in failures if failure.endswith("not finite"))
+            raise Diverged(f"{failed} after step {self.saved_step}; the checkpoint before it stays the last")
+        self.whole = not failures
         if process.rank() == 0:
             self._finish({name: entry for written, _ in reports for name, entry in written.items()}, failures)
+        return self.whole
 
     def _finish(self, files: dict[str, Any], failures: list[str]) -> None:
         try:
@@ -194,6 +204,7 @@ class Saver:
             phase("prune")
             self._prune()
         except OSError as error:
+            self.whole = False
             shutil.rmtree(self.aside, ignore_errors=True)
             print(f"warning: saving step {self.saved_step}: {error}; training goes on, the last whole checkpoint stays", flush=True)
 
@@ -318,12 +329,12 @@ def adopt(source: Path, run: Path) -> None:
     for name in ("metrics.jsonl", "steps.jsonl"):
         if (chosen.parent.parent / name).exists():
             shutil.copy(chosen.parent.parent / name, run / name)
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for path in listing(chosen.parent):  # the chosen one first: without it the run folder still counts as fresh
-        if step_of(path) in wanted and not (run / "checkpoints" / path.name).exists():
-            aside = run / "checkpoints" / f".tmp-{path.name}"
-            shutil.copytree(path, aside, dirs_exist_ok=True)
-            os.rename(aside, run / "checkpoints" / path.name)
+    aside = run / ".tmp-checkpoints"  # all of them or none: without, the run folder still counts as fresh
+    shutil.rmtree(aside, ignore_errors=True)
+    for path in listing(chosen.parent):
+        if step_of(path) in wanted:
+            shutil.copytree(path, aside / path.name)
+    os.rename(aside, run / "checkpoints")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def consolidate(source: Path, output: Path, max_shard: int, dtype: torch.dtype |
     made = exported(list(tensors.places)) if exported else {name: ([name], lambda tensor: tensor) for name in tensors.places}
     specs = {}
     for name, (parts, _) in made.items():
-        kept, shape = tensors.spec(parts[0])
+        # The widest: the product of a frozen layer in 16 bits and its adapters in 32 would lose what they learned.
+        kept, shape = functools.reduce(torch.promote_types, (tensors.spec(part)[0] for part in parts)), tensors.spec(parts[0])[1]
         specs[name] = (dtype if dtype and kept.is_floating_point else kept, shape)
     shards: list[list[str]] = [[]]
     size = 0

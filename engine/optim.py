@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import shutil
+import sys
 from typing import Any
 
 import torch
@@ -62,6 +63,9 @@ def build(model: nn.Module, settings: Settings, model_file: Any) -> torch.optim.
     if name == "auto":
         # Fused AdamW on a CPU, offloaded or not: the fastest of the three measured there, and it needs no compiler.
         name = "cpu_adam" if cuda and offload else "fused_adam" if cuda and zero else "AdamW"
+        if name != "AdamW" and (missing := missing_programs(name)):
+            process.say(f'optim.name = "auto": {" and ".join(missing)} not found, which compile {name}; AdamW of torch is taken')
+            name = "AdamW"
         fused = {"fused": True} if name == "AdamW" and "fused" not in optim.options else {}
     else:
         fused = {}
@@ -87,10 +91,18 @@ def torch_optimizer(name: str) -> Any:
     return getattr(torch.optim, name)
 
 
+def missing_programs(name: str) -> list[str]:
+    """What compiles DeepSpeed's optimizers and is not here. ninja lies beside this Python where it was installed for it."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    beside = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    programs = [os.environ.get("CXX", "g++"), "ninja", *([os.path.join(CUDA_HOME or "", "bin", "nvcc")] if name == "fused_adam" else [])]
+    return [os.path.basename(program) for program in programs if shutil.which(program, path=beside) is None]
+
+
 def deepspeed_optimizer(name: str) -> Any:
     """DeepSpeed's compiled Adam for the CPU or the GPU, built at its first use (about a minute)."""
-    missing = [program for program in (os.environ.get("CXX", "g++"), "ninja") if shutil.which(program) is None]
-    if missing:
+    if missing := missing_programs(name):
         raise UserError(f'optim.name = "{name}": {" and ".join(missing)} not found, which compile it; install or use "AdamW"')
     process.say(f"{name} is compiled at its first use, into {os.environ.get('TORCH_EXTENSIONS_DIR', 'the cache of torch')}")
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam

@@ -7,6 +7,8 @@ global batch is cut into micro-batches, rank by rank. The last batch of an epoch
 
 import hashlib
 import math
+import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -129,8 +131,15 @@ def same(batch: Any) -> Any:
 
 
 def end_with_rank(_: int) -> None:
-    """A reading process would outlive a killed rank for seconds, and with it the lock of the run folder."""
+    """A reading process would outlive a killed rank for seconds, and with it the lock of the run folder.
+
+    A signal to stop is the rank's to hear, which goes on to the end of its step: launchers send it to a rank's whole process group, and
+    SLURM to every process. So a reader leaves the group, and lets pass the first one; the second is the rank's own, which ends its readers.
+    """
     process.die_with_parent()
+    os.setpgrp()
+    for number in process.StopRequest.signals:
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def loader(order: Order, rank: int, first_step: int, last_step: int, workers: int) -> Iterable[dict[str, torch.Tensor]]:

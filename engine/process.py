@@ -1,6 +1,7 @@
 """Processes: exit status, one word for all ranks, stopping together, dying with the launcher, one owner a run folder, whole files."""
 
 import ctypes
+import errno
 import fcntl
 import os
 import signal
@@ -53,6 +54,11 @@ def exit_status(main: Callable[[], Any]) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         fail(error)
+        return 2
+    except OSError as error:  # wherever a disk is full or a folder may not be written
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES) or not error.filename:
+            raise
+        fail(UserError(f"{error.filename}: {error.strerror}; make room or permit it, the same command goes on"))
         return 2
     except Diverged as error:
         say(f"diverged: {error}")

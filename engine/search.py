@@ -216,11 +216,12 @@ def identity() -> str:
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
 
 
-def at_work(trial: Any) -> bool:
-    """Whether a running trial's worker lives. Those of other hosts are their own supervisor's affair."""
+def at_work(trial: Any, waited: float) -> bool:
+    """Whether a running trial's worker lives, or may yet sign it, `waited` seconds after it was seen first: clocks of hosts differ.
+    Those of other hosts are their own supervisor's affair."""
     host, pid, born = trial.user_attrs.get("worker", "  ").split(" ")
     if not host:
-        return (datetime.datetime.now() - trial.datetime_start).total_seconds() < UNSIGNED
+        return waited < UNSIGNED
     try:
         worker = psutil.Process(int(pid)) if host == socket.gethostname() else None
         return worker is None or (abs(worker.create_time() - float(born)) < 3 and worker.status() != psutil.STATUS_ZOMBIE)
@@ -242,6 +243,7 @@ class Search:
 
     def __init__(self, settings: Settings, place: Path, begun: float, worker: int = 0):
         self.settings, self.place, self.begun = settings, place, begun
+        self.seen: dict[int, float] = {}  # running trials by number, and when
         self.study = open_study(settings, place, settings.run.seed)
         # A sampler that starts anew must not draw what it drew before; the first worker of a fresh study has run.seed itself.
         drawn = len(self.study.get_trials(deepcopy=False)) - len(self.in_state("WAITING"))
@@ -268,46 +270,66 @@ class Search:
         """Fail the trials of dead workers and queue their values again; see that the next slots have a trial. Returns how many were queued."""
         from optuna.trial import TrialState, create_trial
 
+        grid = self.settings.tune.sampler == "GridSampler"  # its cells are all there is to try
         for trial in self.in_state("RUNNING"):
-            if not at_work(trial):
-                self.study.tell(trial.number, state=TrialState.FAIL)
+            if not at_work(trial, time.monotonic() - self.seen.setdefault(trial.number, time.monotonic())):
+                self.tell(trial.number, "FAIL", None)
         slots: dict[int, list[Any]] = {slot: [] for slot in range(self.settings.tune.trials)}
         for trial in filter(self.wanted, self.in_state()):
             slots[trial.user_attrs["slot"]].append(trial)
         empty = [(slot, trials) for slot, trials in slots.items() if all(trial.state.name == "FAIL" for trial in trials)]
         queued = empty[: max(0, max(16, AHEAD * self.settings.tune.workers) - self.waiting())]
         for slot, trials in queued:
-            attributes, known = {"slot": slot, "try": 1}, {}
+            attributes, known, fixed = {"slot": slot, "try": 1}, {}, {}
             if not trials and slot == 0:
-                known = {"fixed_params": first_trial(self.settings)}
+                fixed = first_trial(self.settings)
             elif trials and not failed(trials[-1]):
-                attributes["try"] = trials[-1].user_attrs["try"] + 1
-                known = {"fixed_params": trials[-1].system_attrs.get("fixed_params", {}) | trials[-1].params}
+                attributes["try"], before = trials[-1].user_attrs["try"] + 1, trials[-1].system_attrs
+                known = {key: before[key] for key in ("grid_id", "search_space") if key in before}
+                fixed = before.get("fixed_params", {}) | trials[-1].params
             # Where nothing is known the attribute must be missing: some samplers leave a trial that has it alone.
+            known |= {"fixed_params": fixed} if fixed and not grid else {}
             self.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes, system_attrs=known))
         return len(queued)
 
-    def draw(self) -> Any:
-        """The next waiting trial, signed; None where another worker was faster."""
-        trial = self.study.ask()
+    def draw(self) -> tuple[Any, dict[str, Any]] | None:
+        """The next waiting trial, signed, and its values by setting; None where another worker was faster.
+
+        Raises UserError for a sampler that cannot draw from the space.
+        """
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        try:
+            trial = self.study.ask()
+            if not self.sign(trial):
+                return None
+            return trial, suggest(trial, self.settings)
+        except UpdateFinishedTrialError:  # a supervisor took its worker for dead
+            return None
+        except (ImportError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            raise UserError(f"tune.sampler = {self.settings.tune.sampler!r}: cannot draw from tune.space: {said}") from None
+
+    def sign(self, trial: Any) -> bool:
+        """Whether a drawn trial is this worker's to run."""
         slot = trial.user_attrs.get("slot")
         rivals = [other for other in self.in_state() if other.user_attrs["slot"] == slot and other.number < trial.number]
         if slot is None or not self.wanted(trial) or any(other.state.name != "FAIL" for other in rivals):
             self.tell(trial, "FAIL", None)
-            return None
+            return False
         trial.set_user_attr("worker", identity())
-        return trial
+        return True
 
     def tell(self, trial: Any, state: str, value: Any) -> None:
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        if state == "FAIL" and value:
-            trial.set_user_attr("reason", value)
         try:
-            self.study.tell(trial, value if state == "COMPLETE" else None, state=TrialState[state])
+            if state == "FAIL" and value:
+                trial.set_user_attr("reason", value)
+            self.study.tell(trial, value if state == "COMPLETE" else None, state=TrialState[state], skip_if_finished=True)
         except UpdateFinishedTrialError:
-            pass  # a supervisor took its worker for dead at this moment
+            pass  # a supervisor took its worker for dead
         except RuntimeError:  # how a sampler that has tried all says so, outside of Optuna's own loop
             self.study.set_user_attr("exhausted", True)
 

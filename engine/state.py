@@ -80,10 +80,11 @@ def restore(accelerator: Any, wrapped: Any, model: nn.Module, optimizer: Any, st
             buffer.copy_(stored.full(name))
     scaler = fp16_scaler(accelerator, wrapped)
     if scaler is not None and scale is not None:
+        # torch and DeepSpeed call the scale by other names; the rest is each one's own.
         if stage == 0:
-            scaler.load_state_dict(scale)
+            scaler.load_state_dict(scale if "scale" in scale else scaler.state_dict() | {"scale": scale["cur_scale"]})
         else:
-            vars(scaler).update(scale)
+            vars(scaler).update(scale if "cur_scale" in scale else {"cur_scale": scale["scale"]})
 
 
 def fp16_scaler(accelerator: Any, wrapped: Any) -> Any:
@@ -192,7 +193,7 @@ def restore_zero2(model: nn.Module, optimizer: Any, stored: StoredTensors) -> No
             flat = flat_of(zero, parameter)
             put_fragment(parameter, flat, whole)
             for key, value in zero.optimizer.state[flat].items():
-                if torch.is_tensor(value) and value.dim():
+                if torch.is_tensor(value) and value.dim() and f"optim.{key}.{name}" in stored.places:  # not where it was frozen until now
                     put_fragment(parameter, value, stored.full(f"optim.{key}.{name}"))
 
 
@@ -257,5 +258,5 @@ def restore_zero3(model: nn.Module, optimizer: Any, stored: StoredTensors) -> No
             parameter.data.copy_(stored.full(name))
         if parameter.requires_grad:
             safe_set_local_fp32_param(parameter, piece)
-            for key in keys:
+            for key in (key for key in keys if f"optim.{key}.{name}" in stored.places):
                 safe_set_local_optimizer_state(parameter, stored.piece(f"optim.{key}.{name}", rank, processes), key)

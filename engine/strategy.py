@@ -165,12 +165,14 @@ def sharded(settings: Settings, plan: Plan) -> Any:
 
 def prepare(accelerator: Any, settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """Model and optimizer as the strategy wants them: moved, wrapped, sharded, compiled."""
+    sixteen = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.train.precision) if uses_zero(settings) else None
+    if sixteen:
+        # DeepSpeed keeps the weights in 16 bits, buffers in 32, and converts nothing: a product of the two would be refused.
+        model.forward = torch.autocast(accelerator.device.type, sixteen)(model.forward)
     wrapped = torch.compile(model) if settings.train.compile else model
     wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
-    if uses_zero(settings) and settings.train.precision != "fp32":
-        # DeepSpeed keeps the weights themselves in 16 bits and does not convert what goes in; autocast does both elsewhere.
-        dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float16
-        wrapped.register_forward_pre_hook(lambda _, inputs: tuple(halved(batch, dtype) for batch in inputs))
+    if sixteen:
+        wrapped.register_forward_pre_hook(lambda _, inputs: tuple(halved(batch, sixteen) for batch in inputs))
     if uses_zero(settings):
         running = list(state.buffers(model).values())
         wrapped.register_forward_pre_hook(lambda *_: share(running) if not model.training else None)

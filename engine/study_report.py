@@ -25,7 +25,11 @@ PICTURES = {
 def conclude(found: Search, tracker: tracking.Tracker) -> None:
     """Write what there is so far, also of a study that was cut short."""
     settings, place, study = found.settings, found.place, found.study
-    trials = [trial for trial in found.in_state() if trial.state.is_finished() and (found.wanted(trial) or trial.state.name != "FAIL")]
+    trials = [
+        trial
+        for trial in found.in_state()
+        if trial.state.is_finished() and (trial.state.name != "FAIL" or {"worker", "reason"} & trial.user_attrs.keys())
+    ]
     table = rows(trials, settings)
     write_trials(table, place)
     if finished := [trial for trial in trials if trial.state.name == "COMPLETE"]:
@@ -34,13 +38,16 @@ def conclude(found: Search, tracker: tracking.Tracker) -> None:
         write_best(values, settings, place)
         print(f"best {best.value:.6g} in trial {best.number}: {values}", flush=True)
         draw(study, place, len(finished), list(settings.tune.space))
-        score = search.rule(settings)[1]
-        for row in table:
-            tracker.log({"step": row["number"]} | {key: value for key, value in row.items() if key != "number"})
-        pictures = [place / f"{name}.png" for name in PICTURES if (place / f"{name}.png").exists()]
-        cells = [list(map(str, row.values())) for row in table]
-        tracker.conclude(table[-1]["number"] + 1, {"best": {score: best.value}, "step": best.number}, pictures, (list(table[0]), cells))
+        tell(tracker, table, place, study, search.rule(settings)[1])
     say_where(settings, place, bool(finished))
+
+
+def tell(tracker: tracking.Tracker, table: list[dict[str, Any]], place: Path, study: Any, score: str) -> None:
+    for row in table:
+        tracker.log({"step": row["number"]} | {key: value for key, value in row.items() if key != "number"})
+    pictures = [place / f"{name}.png" for name in PICTURES if (place / f"{name}.png").exists()]
+    cells, best = [list(map(str, row.values())) for row in table], study.best_trial
+    tracker.conclude(table[-1]["number"], {"best": {score: best.value}, "step": best.number}, pictures, (list(table[0]), cells))
 
 
 def say_where(settings: Settings, place: Path, best: bool) -> None:
@@ -160,11 +167,14 @@ def stepwise(settings: Settings, place: Path) -> None:
         tracker.start()
         try:
             tuner.run()
+        except lightgbm.basic.LightGBMError as error:
+            raise UserError(f"boost.params = {settings.boost.params}: lightgbm refuses: {str(error).splitlines()[0]}") from None
         finally:
             trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-            write_trials(rows(trials, settings), place)
+            write_trials(table := rows(trials, settings), place)
             if found := any(trial.state.name == "COMPLETE" for trial in trials):
                 tuned = {name for trial in trials for name in trial.params}
                 write_best({f"boost.params.{name}": value for name, value in tuner.best_params.items() if name in tuned}, settings, place)
                 draw(study, place, 0, [])
+                tell(tracker, table, place, study, params["metric"])
             say_where(settings, place, found)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import process, report
+from engine.config import UserError
 from engine.tracking import Tracker, read_record, warn, without_secrets
 
 WANDB = {"silent": True, "init_timeout": 15, "finish_timeout": 20, "x_disable_viewer": True, "x_transaction_log_flush_interval": 1}
@@ -87,7 +88,8 @@ class Wandb:
             return wandb.init(
                 id=record["id"], resume="allow", mode=mode, dir=os.environ.get("WANDB_DIR") or self.tracker.run, config=config(self.tracker),
                 project=track.project or os.environ.get("WANDB_PROJECT") or record["project"], entity=track.entity or None,
-                name=os.environ.get("WANDB_NAME") or record["name"], tags=without_secrets(track.tags) or None,
+                name=os.environ.get("WANDB_NAME") or record["name"], tags=without_secrets(track.tags) or None, group=record["group"] or None,
+                reinit="create_new",  # under torchrun a study has a run beside those of its trials
             )  # fmt: skip
         finally:
             sys.argv = words
@@ -99,8 +101,8 @@ class Wandb:
     def conclude(self, step: int, result: dict[str, Any], pictures: list[Path], table: tuple[list[str], list[list[Any]]]) -> None:
         import wandb
 
-        weights = self.tracker.run / "best"
-        weights = str((weights if weights.exists() else self.tracker.run).resolve())
+        run = Path(self.tracker.record["run_folder"])
+        weights = str(run / "best" if (run / "best").exists() else run)
         self.run.summary.update(row(result) | {"best_step": result.get("step"), "weights": weights})
         try:
             media = {picture.stem: wandb.Image(str(picture)) for picture in pictures} | {"predictions": wandb.Table(columns=table[0], data=table[1])}
@@ -189,9 +191,15 @@ class Accelerated:
         self.inner.finish()
 
 
-if __name__ == "__main__":
+def main() -> None:
     for folder in map(Path, sys.argv[1:]):
+        if not read_record(folder):
+            raise UserError(f"{folder}: has no tracker.json; name a run folder that was tracked")
         with process.lock(folder):
             for file in record_files(folder):
                 mend(file)
                 print(f"wandb sync {file.parent}")
+
+
+if __name__ == "__main__":
+    sys.exit(process.exit_status(main))

@@ -103,7 +103,8 @@ def without_secrets(value: Any) -> Any:
         return value
     for secret in (word for key in os.environ if key.endswith(SECRET) for word in re.split(r"[\s,]+", os.environ[key]) if len(word) >= 8):
         value = value.replace(secret, "***")
-    return re.sub(r"://[^/\s:@]*:[^/\s@]+@", "://***@", value)
+    value = re.sub(r"(?i)([?&](?:password|passwd|pwd|token|key|secret)=)[^&\s]+", r"\1***", value)
+    return re.sub(r"://[^/\s:@]*:[^\s@]+@", "://***@", value)
 
 
 def origin() -> dict[str, Any]:
@@ -131,10 +132,12 @@ def read_record(run: Path) -> dict[str, Any]:
 
 
 class Tracker:
-    """A run in the trackers of track.to, as a context that tells how it ended. Without a run folder, and beyond rank 0, it does nothing."""
+    """A run in the trackers of track.to, as a context that tells how it ended. Without a folder, and beyond rank 0, it does nothing."""
 
-    def __init__(self, settings: Settings, run: Path | None, script: str = "train"):
-        self.settings, self.script = settings, script
+    def __init__(self, settings: Settings, run: Path | None, script: str = "train", of: str = "", called: str = "", group: str = ""):
+        """`run` is the folder that keeps its record. A test or a prediction is one `of` the script that trained; a name in place of the
+        usual one, and a group, are for trials."""
+        self.settings, self.script, self.of, self.called, self.group = settings, script, of or script, called, group
         self.run = run if process.rank() == 0 else None
         self.record: dict[str, Any] = {}
         self.trackers: list[Any] = []
@@ -149,8 +152,8 @@ class Tracker:
             return
         before, track = read_record(self.run), self.settings.track
         label = before.get("id") or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
-        called = {"id": label, "project": project(self.settings, self.script), "name": name(self.settings, self.script)}
-        self.record = called | {"run_folder": str(self.run.resolve()), "places": before.get("places", []), **origin(), **more}
+        called = {"id": label, "project": project(self.settings, self.script, self.of), "name": self.called or name(self.settings, self.of)}
+        self.record = called | {"group": self.group, "run_folder": str(self.run.resolve()), "places": before.get("places", []), **origin(), **more}
         self.write_record()
         if track.to and track.mode != "disabled":
             from engine.trackers import Accelerated, Wandb
@@ -168,7 +171,9 @@ class Tracker:
 
     def conclude(self, step: int, result: dict[str, Any], pictures: list[Path], table: tuple[list[str], list[list[Any]]]) -> None:
         """The result at the last step: scores, pictures, and a table of columns' names and rows."""
-        self.news = "\n".join(f"{part}: {report.scores_text(scores)}" for part, scores in result.items() if part in ("best", "test", "valid"))
+        self.news = "\n".join(
+            f"{part}: {report.scores_text(scores)}" for part, scores in result.items() if part in ("best", "train", "valid", "test", "input")
+        )
         self._tell("conclude", step, result, pictures, table)
 
     def _tell(self, method: str, *arguments: Any) -> None:
@@ -197,7 +202,7 @@ class Tracker:
         endings = {None: "finished", process.Stopped: "preempted", process.Diverged: "diverged", KeyboardInterrupt: ""}
         ending = endings.get(kind, "failed")
         said = "".join(traceback.format_exception(error)).strip().splitlines()[-5:] if ending == "failed" else [str(error or self.news)]
-        title, text = f"{ending}: {subject(self.settings, self.script)}", without_secrets("\n".join([*said, f"run folder {self.run}"]))
+        title, text = f"{ending}: {subject(self.settings, self.of)}", without_secrets("\n".join([*said, f"run folder {self.run}"]))
         threads = [self.thread, threading.Thread(target=alert, args=(title, text), daemon=True)]
         if self.settings.track.alerts and ending and (error or self.record):
             threads[1].start()

@@ -17,7 +17,7 @@ def rotated(vectors: Tensor) -> Tensor:
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
     """The mean over what is there: [b, t, width] -> [b, width]."""
-    share = mask / mask.sum(1, keepdim=True)
+    share = (mask / mask.sum(1, keepdim=True)).to(hidden)
     return (hidden * share[..., None]).sum(1)
 
 

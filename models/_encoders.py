@@ -27,7 +27,7 @@ def open_encoder(side: str, name: str, info: Info) -> tuple[nn.Module, str]:
     config, _ = validate("model", file.Config, described["model"])
     with tempfile.TemporaryDirectory() as folder:
         for given, text in described["files"].items():
-            Path(folder, given).write_text(text)
+            Path(folder, Path(given).name).write_text(text)  # whoever wrote the file may have named another folder
         place = folder if described["files"] or described["run"] else ""
         encoder = file.Model(config, types.SimpleNamespace(**described["info"] | {"folder": place}))
     if described["run"] and not info.folder:  # in inference the weights come with the whole model's

@@ -17,6 +17,7 @@ from models._attention import Layer, pooled
 from models._encoders import Encoded, encoded, open_encoder
 
 SIDES = ("audio", "text")
+HEADS = ("net.head", "net.classifier", "net.projector", "net.pre_classifier", "net.score")
 
 
 class Config(ModelConfig):
@@ -50,7 +51,7 @@ class Model(nn.Module):
                 encoder, self.files[f"{side}.json"] = open_encoder(side, getattr(config, side), info)
                 # A head that nobody asks has no gradient, which DDP would wait for.
                 for name, parameter in encoder.named_parameters():
-                    parameter.requires_grad_(not config.frozen and not name.startswith(("net.head", "net.classifier", "net.projector")))
+                    parameter.requires_grad_(not config.frozen and not name.startswith(HEADS) and ".pooler." not in name)
                 self.encoders[side] = encoder
                 shape = encoder.net.config
                 sizes[side] = getattr(shape, "hidden_size", None) or shape.width

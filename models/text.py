@@ -81,7 +81,7 @@ class Encoder(nn.Module):
         self.config = config
         self.tokens = nn.Embedding(info.more["vocabulary"], config.width)
         self.grams = nn.Embedding(config.buckets, config.width) if config.ngrams > 1 else None
-        self.places = nn.Embedding(info.more["max_length"], config.width) if config.layers else None
+        self.places = nn.Embedding(-(-info.more["max_length"] // 8) * 8, config.width) if config.layers else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width) if config.layers else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)

@@ -185,6 +185,22 @@ def test_from_the_record_to_the_checkpoint_and_back(tmp_path):
     assert len({name for _, name, _ in names}) == len({run_id for *_, run_id in names}) == len(RUNS)
 
 
+def test_a_test_is_recorded_beside_its_run(tmp_path):
+    run = tmp_path / "run"
+    launch.run("--config", DIGITS[0], "train.epochs=2", *TRACKED, "model.width=16", f"run.dir={run}", log=tmp_path / "train.log")
+    trained = json.loads((run / "tracker.json").read_text())
+    said = commands.succeed("infer.py", run, "--split", "test", folder=tmp_path)
+    record = json.loads((run / "test" / "tracker.json").read_text())
+    assert (record["project"], record["name"]) == (trained["project"].replace("-train", "-test"), trained["name"])
+    _, config, summary = told(*offline(run / "test"))
+    assert summary["run_folder"] == config["run_folder"] == str(run) and summary["weights"] == str(run / "best")
+    assert f"accuracy {summary['test/accuracy']:.4g}" in said
+    assert json.loads((run / "tracker.json").read_text()) == trained
+    words = [sys.executable, "-m", "engine.trackers", tmp_path / "nothing"]
+    ended = subprocess.run(words, cwd=commands.ROOT, env=commands.environment(), capture_output=True, text=True)
+    assert ended.returncode == 2 and "has no tracker.json" in ended.stderr and not (tmp_path / "nothing").exists()
+
+
 def test_history_has_each_step_once_after_kills_and_syncs(tmp_path):
     run = tmp_path / "run"
     words = ("--config", DIGITS[0], *launch.TINY, *LONG, f"run.dir={run}", 'track.to=["wandb", "tensorboard"]')
@@ -345,6 +361,11 @@ def test_an_unknown_tracker_is_a_mistake(tmp_path):
 
 
 # Alerts and secrets
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:pa/ss@host/db", "postgresql://host/db?user=me&password=pass", "https://:pass@host"])
+def test_passwords_in_addresses_are_hidden(url):
+    assert "pa" not in tracking.without_secrets(url).replace("password", "")
 
 
 def test_alerts_tell_how_a_run_ended_and_secrets_appear_nowhere(tmp_path):

@@ -230,6 +230,16 @@ def test_grids_other_samplers_and_timeouts(root, tmp_path):
         "tune.pruner=NopPruner",
     ).succeed(300)
     assert set(trials_of(tmp_path / "grid")["model.width"]) == {4, 8, 12}
+    # The config has no number for this key, which a first trial could have.
+    cells = 'tune.sampler_options={search_space = {"boost.params.num_leaves" = [4, 8, 12]}}'
+    space = 'tune.space={"boost.params.num_leaves" = [4, 8, 12]}'
+    words = ["tune.target=boost", "tune.sampler=GridSampler", "tune.pruner=NopPruner", "tune.trials=3"]
+    tune(root, tmp_path / "free", space, cells, *words, log="free").succeed(300)
+    assert set(trials_of(tmp_path / "free")["boost.params.num_leaves"]) == {4, 8, 12}
+    other = tune(root, tmp_path / "other", space.replace("num_leaves", "max_depth"), cells, *words, log="other")
+    assert other.wait(300) == 2
+    assert "error: tune.sampler = 'GridSampler': cannot draw from tune.space: " in other.text
+    assert "Traceback" not in other.text
     words = ["tune.sampler=RandomSampler", "tune.pruner=HyperbandPruner", "tune.timeout=1", "tune.trials=100000"]
     assert re.search("left 0:00:0[01]", tune(root, tmp_path / "late", *words, log="late").succeed(300))
     assert len(finished(tmp_path / "late")) < 1000
@@ -327,9 +337,13 @@ def test_a_strategy_gives_each_trial_its_own_process(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_each_trial_is_in_the_tracker_under_one_group(root, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_trial_is_in_the_tracker_under_one_group(root, tmp_path, processes):
     place = tmp_path / "study"
-    tune(root, place, 'track.to=["wandb"]', "track.mode=offline", "tune.trials=2", "tune.pruner=NopPruner").succeed(300)
+    words = ['track.to=["wandb"]', "track.mode=offline", "tune.trials=2", "tune.pruner=NopPruner"]
+    text = tune(root, place, *words, processes=processes).succeed(300)
+    assert "is left" not in text
+    assert len(list(place.glob("wandb/offline-run-*/run-*.wandb"))) == 1
     for number in ("0000", "0001"):
         [record] = (place / "trials" / number).glob("wandb/offline-run-*/run-*.wandb")
         assert b"accuracy" in record.read_bytes()

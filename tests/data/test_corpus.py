@@ -54,6 +54,8 @@ def test_parts_may_have_their_own_files(folder):
     splits = corpus.load(config(folder, train=["[0-2].txt"], valid=["3.txt"], test=["rows.csv"]))
     assert decoded(splits, tokens_of(splits.valid)) == (folder / "3.txt").read_text()
     assert decoded(splits, tokens_of(splits.train)) == "".join((folder / f"{number}.txt").read_text() for number in range(3))
+    whole = corpus.load(config(folder, train=[str(folder / "[0-2].txt")], valid=["3.txt"], test=["rows.csv"]))
+    assert tokens_of(whole.train) == tokens_of(splits.train)
     rows = corpus.load(config(folder, train=["rows.csv"], text="words"))
     assert decoded(rows, rows.train.tokens.tolist()) == "".join(f"some words {row}" for row in range(50))
 

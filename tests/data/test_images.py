@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import images
+from data import _listing, images
 from engine.config import UserError
 
 
@@ -62,6 +62,19 @@ def test_digits_are_the_default() -> None:
     splits = images.load(config(None))
     image = whole(splits.test)["image"]
     assert splits.info.outputs == 10 and image.shape[1:] == (1, 8, 8) and image.min() == 0 and image.max() == 1
+
+
+def test_sixteen_bits_of_grey_are_those_of_eight(tmp_path: Path) -> None:
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "wide.png")
+    Image.fromarray(grey).save(tmp_path / "narrow.png")
+    assert (images.decode(tmp_path / "wide.png") == images.decode(tmp_path / "narrow.png")).all()
+
+
+def test_a_seed_is_not_another_one_of_a_later_position() -> None:
+    one, other = (_listing.shares(torch.arange(1000), seed, 5) for seed in (0, 5))
+    assert not np.isin(one, other).any()
+    assert abs(one.mean() - 0.5) < 0.02
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index() -> None:

@@ -93,6 +93,7 @@ def test_a_map_and_a_new_table(folder: Path) -> None:
         ("nan.npy,100,60,0", r"row 41: .*nan.npy: holds NaN or infinity at sample 450"),
         ("gone.npy,0,60,0", r"row 41: .*gone.npy: no such file"),
         ("text.npy,0,60,0", r"row 41: .*text.npy: cannot be read as .npy"),
+        ("two.npz,0,60,0", r"row 41: .*two.npz: holds several arrays"),
         ("three.npy,0,60,0", r"row 41: .*three.npy: is float64 \[3, 900\], not .*\[2, 'samples'\]"),
     ],
 )
@@ -101,6 +102,7 @@ def test_bad_windows_name_their_row(folder: Path, row: str, said: str) -> None:
     holed[1, 450] = np.nan
     np.save(folder / "nan.npy", holed)
     np.save(folder / "three.npy", np.zeros((3, 900)))
+    np.savez(folder / "two.npz", holed, holed)
     (folder / "text.npy").write_text("no array")
     with open(folder / "windows.csv", "a") as file:
         file.write(f"\n{row}\n")

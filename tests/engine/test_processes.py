@@ -67,6 +67,22 @@ def test_sigterm_under_a_launcher(tmp_path, kind, to):
     finish(kind, run)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["launcher", "every process"])
+def test_a_signal_to_all_leaves_the_reading_processes_to_their_rank(tmp_path, to):
+    """torchrun hands a signal on to the process groups of its ranks, SLURM sends it to every process."""
+    run = tmp_path / "run"
+    running = DDP.start(run, *ENDLESS, "train.workers=2", cold=True)
+    running.until(lambda: saved(run))
+    for pid in [*launch.descendants(running.pid)] if to == "every process" else []:
+        launch.send(pid, signal.SIGTERM)
+    running.kill(signal.SIGTERM)
+    assert running.wait() == 1
+    assert f"at step {checkpoint.step_of(checkpoint.folders(run)[0])} and saved" in running.text
+    assert "DataLoader" not in running.text
+    finish(DDP, run)
+
+
 def test_before_the_first_step_a_signal_ends_it(tmp_path):
     running = ONE.start(tmp_path / "run", *ENDLESS)
     running.until(lambda: (tmp_path / "run" / "config.toml").exists())

@@ -61,6 +61,17 @@ def test_none_is_forgotten() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", CASES)
+def test_in_sixteen_bits_under_zero(folder: Path, model: str) -> None:
+    settings, _ = CASES[model]
+    run = folder / f"{model}-bf16"
+    words = ["--config", folder / "empty.toml", f"model.name={model}", *settings.split(), f"data.root={folder}", "strategy.name=zero3-offload"]
+    words += ["train.precision=bf16", "train.steps=3", "train.batch_size=8", f"run.dir={run}"]
+    launch.run(*words, log=launch.new_log(run), PLAINLOOP_CACHE=str(folder / "cache"))
+    assert (run / "result.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3-offload"])
 @pytest.mark.parametrize("model", CASES)
 def test_killed_resumed_and_predicted(folder: Path, model: str, strategy: str) -> None:

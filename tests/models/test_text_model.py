@@ -41,6 +41,11 @@ def test_a_text_does_not_depend_on_its_padding_or_its_batch(layers, ngrams):
     torch.testing.assert_close(alone, output[:1], atol=1e-6, rtol=1e-5)
 
 
+def test_texts_are_padded_to_eights_beyond_the_longest():
+    model = Model(config(), Info("multiclass", 3, labels=["a", "b", "c"], more={**INFO.more, "max_length": 20}))
+    assert model(batch([20, 3], width=24)).shape == (2, 3)
+
+
 def test_one_output_has_no_second_dimension():
     assert Model(config(), Info("binary", 1, labels=["a", "b"], more=INFO.more))(batch([3, 4])).shape == (2,)
 
@@ -138,6 +143,19 @@ def test_it_trains_and_infer_gives_its_scores(folder, ended, kind):
         assert ended[step].status == 0, ended[step].text
     result = json.loads((folder / kind / "result.json").read_text())
     assert f"accuracy {result['test']['accuracy']:.4g}" in ended[f"score {kind}"].out
+
+
+def test_the_recipe_takes_a_pretrained_folder(folder):
+    (folder / "nsmc").mkdir()
+    table = pd.read_csv(folder / "reviews.csv")
+    for part in ("train", "valid"):
+        named = pd.DataFrame({"id": range(len(table)), "document": table.review, "label": (table.y == "good").astype(int)})
+        named.to_csv(folder / "nsmc" / f"{part}.tsv", sep="\t", index=False)
+    words = ["model.pretrained=bert", "data.max_length=40", "train.epochs=1", "train.batch_size=32", "optim.lr=1e-3", f"data.root={folder}"]
+    ended = commands.succeed("train.py", "--config", commands.ROOT / "conf/nsmc.toml", *words, "run.dir=nsmc-run", folder=folder)
+    assert "test: loss" in ended
+    described = json.loads((folder / "nsmc-run/best/config.json").read_text())
+    assert described["vocab_size"] == 90 and described["model_type"] == "bert"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "scratch"])
