@@ -199,7 +199,7 @@ def test_two_processes_predict_fewer_rows_than_they_are(folder, tmp_path):
     assert len(pd.read_csv(tmp_path / "out.csv")) == 1
 
 
-def test_an_output_that_cannot_be_written_ends_two_processes_with_one_line(folder, tmp_path):
+def test_an_output_that_cannot_be_written_ends_two_processes_with_one_line(folder, tmp_path, large):
     words = ["binary", "--input", "large.csv", "--output", "gone/out.csv"]
     run = launch.start(*words, log=tmp_path / "log", processes=2, folder=folder, script=INFER)
     assert run.wait() == 1
