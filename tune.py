@@ -205,17 +205,21 @@ def work_together(settings: Settings, place: Path) -> None:
         if process.on_rank_zero(lambda: pruned(held["trial"], step, score)):
             raise TrialPruned
 
+    signal.signal(signal.SIGTERM, stop)  # between trials
     process.on_rank_zero(begin)
     trials = Trials(settings)
     with tracking.Tracker(settings, place, "tune") as tracker:
         tracker.start()
-        while (values := process.on_rank_zero(draw)) is not None:
-            if values:
-                folder = process.on_rank_zero(lambda: record_folder(settings, place, held["trial"]))
-                outcome = trials.attempt(values, decide, folder)
-                process.on_rank_zero(lambda outcome=outcome: held["search"].tell(held["trial"], *outcome))
-                process.on_rank_zero(lambda: print(held["search"].line(), flush=True))
-        process.on_rank_zero(lambda: study_report.conclude(held["search"], tracker))
+        try:
+            while (values := process.on_rank_zero(draw)) is not None:
+                if values:
+                    folder = process.on_rank_zero(lambda: record_folder(settings, place, held["trial"]))
+                    outcome = trials.attempt(values, decide, folder)
+                    process.on_rank_zero(lambda outcome=outcome: held["search"].tell(held["trial"], *outcome))
+                    process.on_rank_zero(lambda: print(held["search"].line(), flush=True))
+        finally:  # also where a signal ends it
+            if "search" in held:
+                study_report.conclude(held["search"], tracker)
         process.on_rank_zero(lambda: held["search"].refuse_failures())
 
 

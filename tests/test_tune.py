@@ -218,6 +218,17 @@ def test_a_signal_ends_the_workers_and_keeps_what_is_there(root, tmp_path, numbe
 
 
 @pytest.mark.slow
+def test_a_signal_to_torchrun_keeps_what_is_there(root, tmp_path):
+    place = tmp_path / "study"
+    running = tune(root, place, "tune.trials=100000", processes=2)
+    running.until(lambda: len(finished(place)) >= 3, 300)
+    running.kill(signal.SIGTERM)
+    assert running.wait(300) == 1
+    assert (place / "best.toml").exists()
+    assert (trials_of(place)["state"] != "FAIL").sum() == len(finished(place)) >= 3
+
+
+@pytest.mark.slow
 def test_grids_other_samplers_and_timeouts(root, tmp_path):
     grid = 'tune.sampler_options={search_space = {"model.width" = [4, 8, 12]}}'
     tune(
