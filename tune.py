@@ -31,6 +31,7 @@ from engine.settings import Settings, command_line, parse, plan_of, replaced
 
 ALONE = 60  # seconds after which a process that failed in a trial takes itself for the only one
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
+COMMAND = [sys.executable, *sys.argv]  # as it was typed: a tracker hides passwords in sys.argv while it starts
 Report = Callable[[int, dict[str, float]], None]
 
 
@@ -236,14 +237,13 @@ def lock(settings: Settings, place: Path) -> Any:
 def supervise(settings: Settings, place: Path) -> None:
     """Start workers, replace those that die, until the wanted number of trials has finished."""
     owner = lock(settings, place)  # noqa: F841, it lasts as long as this name
-    command = [sys.executable, *sys.argv]  # before a tracker, which hides passwords in it for a moment
     found = Search(settings, place, time.time())
     with tracking.Tracker(settings, place, "tune") as tracker:
         tracker.start()
         signal.signal(signal.SIGTERM, stop)
         workers: dict[int, subprocess.Popen] = {}
         try:
-            keep_working(found, workers, command)
+            keep_working(found, workers)
         except (KeyboardInterrupt, process.Stopped):
             print("\nstopped; finished trials are kept, the same command goes on", flush=True)
             raise
@@ -259,7 +259,7 @@ def stop(*_: Any) -> None:
     raise process.Stopped("stopped by a signal")
 
 
-def keep_working(found: Search, workers: dict[int, subprocess.Popen], command: list[str]) -> None:
+def keep_working(found: Search, workers: dict[int, subprocess.Popen]) -> None:
     shown, deaths, done = "", 0, 0
     while True:
         deaths = count_deaths(workers, deaths)
@@ -278,7 +278,7 @@ def keep_working(found: Search, workers: dict[int, subprocess.Popen], command: l
             break
         for number in range(found.settings.tune.workers if more else 0):
             if number not in workers:
-                workers[number] = start_worker(found, number, command)
+                workers[number] = start_worker(found, number)
         study_report.import_what_draws()
         time.sleep(0.1)
     for worker in workers.values():
@@ -297,14 +297,14 @@ def count_deaths(workers: dict[int, subprocess.Popen], deaths: int) -> int:
     return deaths
 
 
-def start_worker(found: Search, number: int, command: list[str]) -> subprocess.Popen:
+def start_worker(found: Search, number: int) -> subprocess.Popen:
     """A worker of its own GPU, or share of cores. It asks to die with this process, and hears no Ctrl-C of the terminal."""
     environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // found.settings.tune.workers)), **os.environ}
     environment.pop("WANDB_SERVICE", None)  # the supervisor's own, which would end with it
     if count := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else range(count)
         environment["CUDA_VISIBLE_DEVICES"] = str(visible[number % count])
-    words = [*command, "--worker", str(number), str(os.getpid()), str(found.begun)]
+    words = [*COMMAND, "--worker", str(number), str(os.getpid()), str(found.begun)]
     return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
 
 

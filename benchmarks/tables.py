@@ -75,12 +75,13 @@ def train(data: str, recipe: str, seed: int, runs: Path) -> Path:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Scores of a run, and the seconds it trained over all its processes, since each counts from its own start."""
+    """Scores of a run, and the seconds it trained over all its processes."""
+    from engine.report import earlier_seconds, read_lines
+
     result = json.loads((run / "result.json").read_text())
     seconds = result["clock"]["seconds"]
-    if (run / "metrics.jsonl").exists():
-        counts = [json.loads(line)["clock"]["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-        seconds = sum(now for now, following in zip(counts, [*counts[1:], 0], strict=True) if following < now)
+    if lines := read_lines(run / "metrics.jsonl"):
+        seconds = lines[-1]["clock"]["seconds"] + earlier_seconds(lines)
     return {"valid": result["best"], "test": result["test"], "seconds": seconds}
 
 

@@ -103,9 +103,8 @@ def throughput(options: argparse.Namespace) -> bool:
     holds = True
     for batch_size in options.batch:
         taken = rounds(batch_size, options)
-        (off, on), ratios = ([sum(turns) for turns in zip(*side, strict=True)] for side in zip(*taken, strict=True)), []
-        for without, tracked in taken:
-            ratios.append(tracked[0] / tracked[1] / (without[0] / without[1]))
+        off, on = ([sum(turns) for turns in zip(*side, strict=True)] for side in zip(*taken, strict=True))
+        ratios = [tracked[0] / tracked[1] / (without[0] / without[1]) for without, tracked in taken]
         low, _, high = statistics.quantiles(ratios, n=4)
         rates = [batch_size * steps / seconds for steps, seconds, _ in (off, on)]
         ratio = rates[1] / rates[0]

@@ -69,13 +69,13 @@ def packed(read: Callable[[dict[str, Any]], Iterable[np.ndarray]], dtype: type, 
 
     With a key they are rows of an Arrow file that is memory-mapped, and read only where its folder is not there yet.
     """
-    import pyarrow as pa  # it takes a while, which --help need not wait for
-
     if not key:
         more: dict[str, Any] = {}
         arrays = [np.asarray(array, dtype) for array in read(more)]
         values = np.concatenate([array for array in arrays if len(array)] or [np.empty(0, dtype)])
         return Arrays(values, np.cumsum([0, *map(len, arrays)]), more)
+
+    import pyarrow as pa  # it takes a while, which --help need not wait for
 
     def write(folder: Path) -> None:
         more, starts, shape = {}, [0], []

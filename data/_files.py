@@ -98,9 +98,8 @@ def open_source(path: Path, key: str, separator: str = "", encoding: str = "", q
         elif ".parquet" in path.suffixes:
             raise UserError(f"{where}: is not Parquet, whatever its name; write it again")
         elif {".jsonl", ".ndjson"} & {*path.suffixes}:
-            source.table = pa_json.read_json(
-                pa.input_stream(str(path), compression=compression), pa_json.ReadOptions(block_size=64 << 20)
-            )  # the longest line
+            longest = pa_json.ReadOptions(block_size=64 << 20)  # of a line
+            source.table = pa_json.read_json(pa.input_stream(str(path), compression=compression), longest)
             source.names = source.table.column_names
         else:
             read_header(source, sample)

@@ -5,7 +5,6 @@ Its command, `python -m engine.report runs/`, writes the index, and the pages th
 
 import base64
 import html
-import itertools
 import json
 import os
 import sys
@@ -68,9 +67,7 @@ class Run:
         self.scores = self.result.get("test") or self.result.get("valid") or self.result.get("best") or {}
         last = self.lines[-1] if self.lines else {"step": 0, "clock": {"seconds": 0.0}}
         self.step, seconds = self.result.get("step", last["step"]), self.result.get("clock", last["clock"]).get("seconds", 0.0)
-        clocks = [line["clock"]["seconds"] for line in self.lines]
-        # Each process counts from its own start: what those before a resume took comes to the last one's.
-        self.minutes = (seconds + sum(now for now, following in itertools.pairwise(clocks) if following < now)) / 60
+        self.minutes = (seconds + report.earlier_seconds(self.lines)) / 60
         self.commit = self.record.get("commit", "")[:7] + ("*" if self.record.get("dirty") else "")
         self.curves = [[line[part]["loss"] for line in self.lines] for part in ("train", "valid")] if self.lines else []
         self.curves += [json.loads(path.read_text())["valid"] for path in sorted((folder / "folds").glob("fold*.json"))]

@@ -1,6 +1,7 @@
 """What a run says: console lines, metrics.jsonl, pictures. matplotlib is imported when the first picture is drawn."""
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -51,6 +52,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         for text in path.read_text().splitlines():
             lines.append(json.loads(text))
     return lines
+
+
+def earlier_seconds(lines: list[dict[str, Any]]) -> float:
+    """What a run took before its last resume, by metrics.jsonl: each process counts from its own start."""
+    clocks = [line["clock"]["seconds"] for line in lines]
+    return sum(now for now, following in itertools.pairwise(clocks) if following < now)
 
 
 def history(run: Path, step: int) -> list[dict[str, Any]]:

@@ -260,8 +260,8 @@ class Search:
         """Not where tune.trials is less than it was when it was queued."""
         return trial.user_attrs["slot"] < self.settings.tune.trials
 
-    def waiting(self) -> int:
-        return sum(map(self.wanted, self.in_state("WAITING")))
+    def waiting(self) -> bool:
+        return any(map(self.wanted, self.in_state("WAITING")))
 
     def unsigned(self) -> bool:
         return any("worker" not in trial.user_attrs for trial in self.in_state("RUNNING"))
@@ -278,7 +278,8 @@ class Search:
         for trial in filter(self.wanted, self.in_state()):
             slots[trial.user_attrs["slot"]].append(trial)
         empty = [(slot, trials) for slot, trials in slots.items() if all(trial.state.name == "FAIL" for trial in trials)]
-        queued = empty[: max(0, max(16, AHEAD * self.settings.tune.workers) - self.waiting())]
+        waiting = sum(trial.state.name == "WAITING" for trials in slots.values() for trial in trials)
+        queued = empty[: max(0, max(16, AHEAD * self.settings.tune.workers) - waiting)]
         for slot, trials in queued:
             attributes, known, fixed = {"slot": slot, "try": 1}, {}, {}
             if not trials and slot == 0:

@@ -25,11 +25,9 @@ PICTURES = {
 def conclude(found: Search, tracker: tracking.Tracker) -> None:
     """Write what there is so far, also of a study that was cut short."""
     settings, place, study = found.settings, found.place, found.study
-    trials = [
-        trial
-        for trial in found.in_state()
-        if trial.state.is_finished() and (trial.state.name != "FAIL" or {"worker", "reason"} & trial.user_attrs.keys())
-    ]
+    # One that failed with neither a worker nor a reason lost its slot to another.
+    ran = [trial for trial in found.in_state() if trial.state.name != "FAIL" or {"worker", "reason"} & trial.user_attrs.keys()]
+    trials = [trial for trial in ran if trial.state.is_finished()]
     table = rows(trials, settings)
     write_trials(table, place)
     if finished := [trial for trial in trials if trial.state.name == "COMPLETE"]:
