@@ -280,7 +280,7 @@ def keep_working(found: Search, workers: dict[int, subprocess.Popen]) -> None:
             if number not in workers:
                 workers[number] = start_worker(found, number)
         study_report.import_what_draws()
-        time.sleep(0.1)
+        time.sleep(0.25)  # a look takes some 10 ms from a worker's core
     for worker in workers.values():
         worker.kill()  # it has nothing left to do but to end, for a second
     print(flush=True, end="\n" if sys.stdout.isatty() else "")
