@@ -23,6 +23,7 @@ from engine import boosting, folder, metrics, page, process, report, screen, tra
 from engine.boosting import BoostPredictor, Data, Fold, Part, fold_file
 from engine.config import UserError
 from engine.settings import Settings, command_line, parse
+from engine.tensors import sha256
 
 OnRound = Callable[[int, float], None]
 Log = Callable[[dict[str, Any]], None]
@@ -50,12 +51,12 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
             return folder.read_result(run)
         data = boosting.prepare(settings, splits)
         info, rounds = data.table.info, settings.boost.rounds
-        metrics.names(settings.task, info, None)
+        metrics.names(settings.task, info, boosting.own_metrics(settings))
         library, folds, done = boosting.LIBRARIES[settings.boost.library](info, data.names), boosting.cut(settings, data), 0
         if run:
             (run / "folds").mkdir(exist_ok=True)
             folder.write_inputs(run, info, data.table.preprocessing)
-            done = next(number for number in range(len(folds) + 1) if not fold_file(run, number, ".json").exists())
+            done = folds_done(run, data, folds)
             for line in (f"run folder {run}", *data.table.notes, f"features: {', '.join(data.names)}", f"folds done: {done} of {len(folds)}"):
                 process.say(line)
         tracker.start(done * rounds, features=data.names)
@@ -65,13 +66,23 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
                 watch = Watch(settings, Part(data, fold[1]), number, on_round, [journal.write, tracker.log] if run else [], request)
                 booster, step = fit(library, settings, data, fold, watch)
                 if run:
-                    keep(run, watch, library, booster, step)
+                    keep(run, watch, library, booster, step, data.mark(fold))
                 else:
                     # Trees take as long to predict by as some of them took to grow: the last look may have been at just these.
                     predictions = watch.seen[1] if watch.seen[0] == step else library.predict(booster, data.matrix[fold[1]])
                     scores.append(boosting.score(boosting.scorer_of(settings, info), watch.part, predictions))
                     steps.append(step)
         return conclude(run, settings, data, folds, tracker) if run else {"best": over_folds(np.mean, scores), "step": round(np.mean(steps))}
+
+
+def folds_done(run: Path, data: Data, folds: list[Fold]) -> int:
+    """Raises UserError where they were made of other rows."""
+    for number, fold in enumerate(folds):
+        if not (path := fold_file(run, number, ".json")).exists():
+            return number
+        if json.loads(path.read_text())["data"] != data.mark(fold):
+            raise UserError(f"{run}: fold {number} was boosted on other data than these; set run.dir to another folder, or bring the files back")
+    return len(folds)
 
 
 class Watch:
@@ -85,7 +96,7 @@ class Watch:
         self.metric, self.valid, self.train, self.begun = "", [], {}, time.perf_counter()
         self.seen: tuple[int, np.ndarray | None] = (0, None)  # the round of the last look at validation predictions, and these
         # Of the one score that decides, kept over the rounds: to make it anew takes longer than some rounds.
-        self.decides = metrics.best_rule(settings.task, part.data.table.info, None)[1]
+        self.decides = metrics.best_rule(settings.task, part.data.table.info, boosting.own_metrics(settings))[1]
         self.scorer = boosting.scorer_of(settings, part.data.table.info, [self.decides]) if on_round else None
         self.title = f"fold {number + 1} of {settings.boost.folds or 1}"
         silent = None if logs else True  # None: a bar on a terminal, plain lines elsewhere
@@ -124,7 +135,7 @@ def fit(library: Any, settings: Settings, data: Data, fold: Fold, watch: Watch) 
         watch.bar.close()
 
 
-def keep(run: Path, watch: Watch, library: Any, booster: Any, step: int) -> None:
+def keep(run: Path, watch: Watch, library: Any, booster: Any, step: int, mark: str) -> None:
     """Write a fold's trees up to the best round in the library's own format, then what marks the fold as done."""
     path, seconds = fold_file(run, watch.number, library.suffix), round(time.perf_counter() - watch.begun, 3)
     aside = path.with_name(f".tmp-{path.name}")
@@ -132,7 +143,8 @@ def keep(run: Path, watch: Watch, library: Any, booster: Any, step: int) -> None
     with open(aside, "rb") as file:
         os.fsync(file.fileno())
     os.replace(aside, path)
-    record = {"fold": watch.number, "best_round": step, "metric": watch.metric, "valid": watch.valid, "train": watch.train}
+    record = {"fold": watch.number, "best_round": step, "sha256": sha256(path), "data": mark}
+    record |= {"metric": watch.metric, "valid": watch.valid, "train": watch.train}
     folder.write_text(fold_file(run, watch.number, ".json"), json.dumps(record | {"clock": {"seconds": seconds}}))
     process.say(f"{watch.title}  best at round {step} of {len(watch.valid)}: {watch.metric} {watch.valid[step - 1]:.6g}  {seconds} s")
 
@@ -179,17 +191,18 @@ def importance(run: Path, predictor: BoostPredictor, parts: list[Part]) -> tuple
     """importance.csv and .png: gain, splits and mean |Shapley contribution| (Lundberg & Lee, 2017), the mean of folds. Returns the table."""
     import pandas as pd
 
-    generator, found, data = np.random.default_rng(0), [], parts[0].data
+    generator, found, data, explained = np.random.default_rng(0), [], parts[0].data, 0
     for booster, part in zip(predictor.boosters, parts, strict=True):
         gain, split = predictor.library.importances(booster)
         count = min(EXPLAINED, WORK // max(1, int(split.sum()))) // len(parts)
         some = np.sort(generator.permutation(part.rows)[: max(20, count)])
+        explained += len(some)
         shares = predictor.library.contributions(booster, data.matrix[some])
         found.append([gain, split, np.abs(shares.reshape(len(some), -1, len(data.names) + 1)[..., :-1]).mean(axis=(0, 1))])
     table = pd.DataFrame(np.mean(found, axis=0).T, data.names, ["gain", "split", "shap"]).rename_axis("feature")
     table = table.sort_values(["shap", "gain"], ascending=False)
     folder.write_text(run / "importance.csv", table.to_csv())
-    shown = (table / table.sum()).set_axis(["gain", "splits", "mean |SHAP|"], axis=1)[:30][::-1]
+    shown = (table / table.sum()).set_axis(["gain", "splits", f"mean |SHAP| of {explained} rows"], axis=1)[:30][::-1]
     drawing, axis = report.figure(7, 1.5 + 0.35 * len(shown))
     shown.plot.barh(ax=axis, width=0.8, xlabel="share of all columns", ylabel="")
     drawing.savefig(run / "importance.png")

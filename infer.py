@@ -224,6 +224,9 @@ def main() -> None:
             dataset = predictor.split(options.split)
             if dataset is None:
                 raise UserError(f"--split {options.split}: these data have no such part; set data.{options.split}")
+            for member in getattr(predictor, "members", [predictor]):
+                if options.split == "valid" and len(getattr(member, "boosters", [])) > 1:
+                    process.say(f"{member.path}: its folds were trained on the validation part too; out-of-fold scores stand in result.json")
             found[options.split], _, _ = predictor.score(dataset)
             process.say(f"{options.split}: {report.scores_text(found[options.split])}")
         if options.input:

@@ -169,7 +169,9 @@ def by_hand(library: str, settings: Any) -> tuple[float, list[int]]:
         params = made.params(settings)
         for fold, held in boosting.cut(settings, data):
             train_set = xgboost.QuantileDMatrix(data.matrix[fold], target[fold], **made.columns)
-            valid = xgboost.QuantileDMatrix(data.matrix[held], target[held], ref=train_set, **made.columns)
+            # Where rows held out have categories that the others lack, the others' bins would do them wrong.
+            binned = (xgboost.DMatrix, {}) if data.table.info.categories else (xgboost.QuantileDMatrix, {"ref": train_set})
+            valid = binned[0](data.matrix[held], target[held], **binned[1], **made.columns)
             stop = {"early_stopping_rounds": boost.patience, "verbose_eval": False}
             best.append(xgboost.train(params, train_set, boost.rounds, evals=[(valid, "valid")], **stop).best_iteration + 1)
     return time.perf_counter() - begun, best

@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib
+import json
 import operator
 import re
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import config, evaluate, folder, process, settings
+from engine import config, evaluate, folder, settings
 from engine.config import UserError, suggestion
 from engine.settings import Settings
+from engine.tensors import sha256
 
 Fold = tuple[np.ndarray, np.ndarray]
 """training and validation rows, ascending"""
@@ -38,6 +41,13 @@ class Data:
     def weights(self, rows: np.ndarray, training: bool = False) -> np.ndarray | None:
         weights = self.table.part_weights("train" if training else "valid", self.balance)
         return None if weights is None else weights.numpy()[rows]
+
+    def mark(self, fold: Fold) -> str:
+        """Of what a fold is made: another one where the files have changed."""
+        mark = 0
+        for array in (self.matrix, self.table.target, *fold):
+            mark = zlib.crc32(np.ascontiguousarray(array), mark)
+        return f"{mark:08x}"
 
 
 @dataclasses.dataclass
@@ -67,6 +77,8 @@ def prepare(settings: Settings, table: Any = None) -> Data:
     table = table or data_file.read(settings.data, settings.task.kind)
     # Kept with the table: the trials of a search share what is made here, and what the library bins.
     made = vars(table).setdefault("boosted", {})
+    if (identity := getattr(settings.data, "id", "")) in ("row", "fold", "prediction"):
+        raise UserError(f"data.id = {identity!r}: is what a column of the predictions is called; rename it in the file")
     key = tuple(settings.boost.features)
     if key not in made:
         made[key] = choose(settings, table)
@@ -108,6 +120,8 @@ def cut(settings: Settings, data: Data) -> list[Fold]:
         return [(table.rows["train"], table.rows["valid"])]
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, TimeSeriesSplit
 
+    if data.balance == "undersample":
+        raise UserError('data.balance = "undersample": would judge folds by rows that were dropped at will; use "class_weights", or boost.folds = 0')
     rows, shuffled = table.rows["folds"], {"shuffle": True, "random_state": getattr(settings.data, "split_seed", 0)}
     target, groups = table.target[rows], None if table.groups is None else table.groups[rows]
     if not table.info.labels:  # numbers are stratified by their ranks, in ten classes
@@ -119,7 +133,8 @@ def cut(settings: Settings, data: Data) -> list[Fold]:
     if split == "time":
         splitter, most, what = TimeSeriesSplit, len(rows) - 1, "rows after the first"
     elif split == "group":
-        splitter, most, what = StratifiedGroupKFold, len(np.unique(groups)), "groups"
+        largest = np.unique(target, return_counts=True)[1].max()
+        splitter, most, what = StratifiedGroupKFold, min(len(np.unique(groups)), largest), "groups, or rows of the largest class"
     else:
         splitter, most, what = StratifiedKFold, np.unique(target, return_counts=True)[1].min(), "rows of the smallest class"
     if count > most:
@@ -136,17 +151,26 @@ def margins(predictions: np.ndarray, info: Any) -> np.ndarray:
     return np.log(probabilities) - (np.log1p(-probabilities) if predictions.ndim == 1 else 0)
 
 
+def own_metrics(settings: Settings) -> Any:
+    """The model's file, of which a metric may be named in [task]."""
+    return config.module("models", settings.model.name)
+
+
 def scorer_of(settings: Settings, info: Any, names: Sequence[str] = ()) -> evaluate.Scorer:
     """Of these scores, or those of the settings. The loss is the kind's own: what a library minimises is boost.params' affair.
 
     Raises UserError for an unknown metric.
     """
     chosen = [name for name in names if name != "loss"] or settings.task.metrics
-    return evaluate.Scorer(settings.task.model_copy(update={"loss": "auto", "loss_options": {}, "metrics": chosen}), info, None, torch.device("cpu"))
+    task, model_file = settings.task.model_copy(update={"loss": "auto", "loss_options": {}, "metrics": chosen}), own_metrics(settings)
+    return evaluate.Scorer(task, info, model_file, torch.device("cpu"))
 
 
 def add_scores(scorer: evaluate.Scorer, predictions: np.ndarray, target: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-    """Count rows into a scorer by their probabilities or values."""
+    """Count rows into a scorer by their probabilities or values. Raises UserError for what are no probabilities."""
+    classes = (scorer.info.outputs,) if scorer.info.kind == "multiclass" else ()
+    if scorer.info.labels and (predictions.shape[1:] != classes or predictions.min() < 0 or predictions.max() > 1 + 1e-6):
+        raise UserError("boost.params.objective: predicts no probabilities of the classes; take another one, or none")
     target = target.long() if predictions.ndim == 2 else target.float()
     scorer.add(torch.from_numpy(margins(predictions, scorer.info)), {"target": target}, weights)
 
@@ -164,6 +188,7 @@ class Library:
     package: str
     failure: str
     gpu: dict[str, str]
+    a_column: tuple[str, ...] = ()
     objectives: dict[str, str]
 
     def __init__(self, info: Any, names: list[str]):
@@ -172,7 +197,7 @@ class Library:
         except ImportError as error:
             raise UserError(f'boost.library = "{self.package}": cannot be imported ({error}); pip install {self.package}') from None
         plain = [re.sub(r"\W", "_", name) for name in names]  # neither takes every character in a column's name
-        self.names = [f"{name}_{place}" if plain.count(name) > 1 else name for place, name in enumerate(plain)]
+        self.names = plain if len(set(plain)) == len(plain) else [f"{name}_{place}" for place, name in enumerate(plain)]
         self.info, self.error = info, operator.attrgetter(self.failure)(self.module)
 
     def params(self, settings: Settings, **own: Any) -> dict[str, Any]:
@@ -180,7 +205,11 @@ class Library:
             raise UserError('boost.device = "gpu": there is no GPU here; set it to "cpu"')
         classes = {"num_class": self.info.outputs} if self.info.kind == "multiclass" else {}
         values = {"objective": self.objectives[self.info.kind], "seed": settings.run.seed % 2**31, **classes, **own}
-        return values | (self.gpu if settings.boost.device == "gpu" else {}) | settings.boost.params
+        values |= (self.gpu if settings.boost.device == "gpu" else {}) | settings.boost.params
+        for key in self.a_column:
+            if key in values and len(np.atleast_1d(values[key])) != len(self.names):  # LightGBM ends the process
+                raise UserError(f"boost.params.{key} = {values[key]}: needs a value for each of the {len(self.names)} features")
+        return values
 
     def refuse(self, unknown: list[str]) -> None:
         if unknown:
@@ -193,6 +222,7 @@ class Library:
 class LightGBM(Library):
     package, suffix, failure, gpu = "lightgbm", ".txt", "basic.LightGBMError", {"device_type": "gpu"}
     objectives = {kind: kind for kind in ("binary", "multiclass", "regression")}
+    a_column = ("monotone_constraints", "mc", "monotone_constraint", "feature_contri", "feature_contrib", "fc", "fp", "feature_penalty")
     settled = re.compile("bin|seed|missing|sparse|bundle|min_data|min_child_s|min_samples|linear|pre_filter|device|force")
     """parameters that binned rows depend on"""
 
@@ -201,13 +231,13 @@ class LightGBM(Library):
 
         After each round `watch(rounds done, metric, its validation value, -> its training value, -> validation predictions)`.
         """
-        boost, target, said, kept = settings.boost, data.table.target, [], {}
+        boost, target, said, kept, grown = settings.boost, data.table.target, [], {}, []
         # Left alone, it times two ways to sum and takes the faster: other last digits on another day.
         way = "force_row_wise" if len(self.names) <= 100 else "force_col_wise"
         forced = {} if {"force_col_wise", "force_row_wise"} & boost.params.keys() else {way: True}
         params = self.params(settings, verbosity=0, deterministic=True, **forced)
         self.module.register_logger(SimpleNamespace(note=said.append), "note", "note")
-        key = repr({name: value for name, value in params.items() if self.settled.search(name)})
+        key = repr((bool(boost.folds), {name: value for name, value in params.items() if self.settled.search(name)}))
         if key not in data.binned:
             rows, categories = data.table.rows["folds"] if boost.folds else fold[0], list(range(self.info.numeric, len(self.names)))
             options = {"feature_name": self.names, "categorical_feature": categories, "params": params}
@@ -231,11 +261,14 @@ class LightGBM(Library):
             if not env.evaluation_result_list:
                 raise UserError(f"boost.params.metric = {params.get('metric')!r}: lightgbm measures nothing by it; name one of its metrics")
             metric, value = env.evaluation_result_list[0][1:3]
+            grown.append(env.model.current_iteration())  # fewer than rounds where one could not be split: its tree is taken away
             watch(env.iteration + 1, metric, value, lambda: env.model.eval_train()[0][2], lambda: predicted(env.model))
 
         stop = [self.module.early_stopping(boost.patience, first_metric_only=True, verbose=False)] if boost.patience else []
         booster = self.module.train(params, train, boost.rounds, valid_sets=[valid], valid_names=["valid"], callbacks=[after, *stop])
-        return booster, booster.best_iteration if booster.best_iteration > 0 else booster.current_iteration()
+        best = booster.best_iteration if booster.best_iteration > 0 else len(grown)
+        booster.best_iteration = max(1, grown[best - 1])  # what it is written and predicts with
+        return booster, best
 
     def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False) -> np.ndarray:
         return booster.predict(matrix, raw_score=margin)
@@ -264,17 +297,26 @@ class XGBoost(Library):
     def train(self, data: Data, fold: Fold, settings: Settings, watch: Any) -> tuple[Any, int]:
         """As LightGBM's. Bins depend on a fold's training rows, so folds share none."""
         params, boost = self.params(settings), settings.boost
+        if params.get("booster") == "dart" and boost.patience:
+            raise UserError('boost.params.booster = "dart": later trees change earlier ones, so no round is the best; set boost.patience = 0')
         bins = {name: params[name] for name in params.keys() & {"max_bin"}}
-        if boost.folds or str(bins) not in data.binned:
+        key = str((boost.folds, bins))
+        if boost.folds or key not in data.binned:
             sets: list[Any] = [None]
             for rows, weights in zip(fold, (data.weights(fold[0], True), data.weights(fold[1])), strict=True):
-                label = data.table.target[rows]
-                sets.append(self.module.QuantileDMatrix(data.matrix[rows], label, weight=weights, ref=sets[-1], **bins, **self.columns))
-            data.binned = {str(bins): sets[1:]}
-        train, valid = data.binned[str(bins)]
+                own = {"label": data.table.target[rows], "weight": weights, **self.columns}
+                if boost.folds and self.info.categories and len(sets) > 1:
+                    # By the bins of a fold that lacks a category its rows would count as another's.
+                    sets.append(self.module.DMatrix(data.matrix[rows], **own))
+                else:
+                    sets.append(self.module.QuantileDMatrix(data.matrix[rows], ref=sets[-1], **bins, **own))
+            data.binned = {key: sets[1:]}
+        train, valid = data.binned[key]
 
         def after(model: Any, epoch: int, log: Any) -> bool:
             self.refuse(re.findall(r'Parameters: \{ "([^"]+)', " ".join(str(line.message) for line in caught)))
+            if "valid" not in log:
+                raise UserError(f"boost.params.eval_metric = {params.get('eval_metric')!r}: xgboost measures nothing by it; name one of its metrics")
             metric, values = next(iter(log["valid"].items()))
             # eval() says "[round]<tab>name:value<tab>name:value".
             watch(epoch + 1, metric, values[-1], lambda: float(model.eval(train).split("\t")[1].rpartition(":")[2]), lambda: model.predict(valid))
@@ -284,7 +326,7 @@ class XGBoost(Library):
         calls[0].after_iteration = after
         if boost.patience:
             named = params.get("eval_metric")
-            first = named[0] if isinstance(named, list) else named
+            first = named[0] if isinstance(named, list) and named else named or None
             calls.append(self.module.callback.EarlyStopping(rounds=boost.patience, metric_name=first, data_name="valid"))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -322,8 +364,11 @@ class BoostPredictor:
         self.library = LIBRARIES[boost.library](self.info, names)
         models = [fold_file(path, number, self.library.suffix) for number in range(max(1, boost.folds))]
         for model in models:
-            if not model.exists():
+            record = model.with_suffix(".json")
+            if not model.exists() or not record.exists():
                 raise UserError(f"{path}: the run has not ended, {model.name} of {len(models)} folds is missing; the same boost.py command goes on")
+            if sha256(model) != json.loads(record.read_text())["sha256"]:
+                raise UserError(f"{model}: is damaged; delete it with {record.name}, and the same boost.py command makes that fold again")
         self.boosters = [self.library.load(model) for model in models]
 
     def scorer(self) -> evaluate.Scorer:
@@ -332,8 +377,6 @@ class BoostPredictor:
     def split(self, part: str) -> Part | None:
         """A part of the run's own data; None where there is no such part."""
         data = prepare(self.settings)
-        if len(self.boosters) > 1 and part == "valid":
-            process.say(f"{self.path}: its folds were trained on the validation part too; out-of-fold scores stand in result.json")
         return Part(data, data.table.rows[part]) if part in data.table.rows else None
 
     def read(self, source: Path, rows: int) -> Iterator[Any]:
@@ -354,7 +397,7 @@ class BoostPredictor:
         matrix = to_matrix(numeric, batch["categorical"].numpy()) if "categorical" in batch else numeric
         if scorer:
             add_scores(scorer, self.average(matrix, False), batch["target"], weights_of(positions))
-        return self.average(matrix, logits)
+        return self.average(matrix, logits and bool(self.info.labels))
 
     def average(self, matrix: np.ndarray, margin: bool) -> np.ndarray:
         folds = [self.library.predict(booster, matrix, margin) for booster in self.boosters]
@@ -364,6 +407,8 @@ class BoostPredictor:
         """Predictions of the validation part, of each row by the fold that was not trained on it. Raises UserError."""
         from pyarrow import parquet
 
+        if not (self.path / "oof.parquet").exists():
+            raise UserError(f"{self.path}: the run has not ended; the same boost.py command goes on")
         table, rows = parquet.read_table(self.path / "oof.parquet").to_pandas().set_index("row"), prepare(self.settings).table.rows["valid"]
         if len(missing := np.setdiff1d(rows, table.index)):
             raise UserError(f"{self.path}: {len(missing)} validation rows have no out-of-fold prediction; no weights can be fitted to them")

@@ -177,9 +177,11 @@ def scores_text(scores: dict[str, float]) -> str:
 
 def figure(width: float = 7, height: float = 4, columns: int = 1) -> tuple[Any, Any]:
     """A drawing and its axis, or the array of its axes."""
+    from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # two "$" in a column's name are no formula
     drawing = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(drawing)  # no display, no global state
     return drawing, drawing.subplots(1, columns)

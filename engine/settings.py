@@ -216,6 +216,8 @@ PARAMS_ELSEWHERE = {
     "boost.patience": "early_stopping_round early_stopping_rounds early_stopping n_iter_no_change",
     "boost.device": "device device_type gpu_id",
     "run.seed": "seed random_seed random_state",
+    "boost.params.objective": "objective_type app application loss",
+    "boost.py": "verbosity verbose silent",
 }
 """names that the libraries give to what has a key here"""
 

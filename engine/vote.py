@@ -1,5 +1,6 @@
 """Soft voting: predictions of several runs for the same rows, averaged with weights."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,13 @@ class Saved:
         from pyarrow import csv, parquet
 
         try:
-            table = parquet.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
+            if path.suffix == ".parquet":
+                table = parquet.read_table(path)
+            else:
+                with csv.open_csv(path) as file:
+                    named = list(itertools.takewhile("prediction".__ne__, file.schema.names))
+                texts = dict.fromkeys(named, pa.string())  # "007" stays "007"
+                table = csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=texts))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: cannot be read as predictions: {str(error).splitlines()[0]}") from None
         if "prediction" not in table.column_names:
@@ -30,21 +37,31 @@ class Saved:
         labels = [name.partition("_")[2] for name in names if name != "prediction"]
         kind = "multiclass" if len(labels) > 2 else "binary" if labels else "regression"
         self.path, self.info = path, SimpleNamespace(labels=labels, kind=kind)
-        self.ids = {name: list(map(str, table[name].to_pylist())) for name in table.column_names[:first]}
-        values = np.stack([table[name].to_numpy() for name in names], axis=1)
-        values = torch.from_numpy(values).double().softmax(1).numpy() if names[0].startswith("logit_") else values
+        self.ids = {name: texts_of(table[name].to_pylist()) for name in table.column_names[:first]}
+        try:
+            values = np.stack([table[name].to_numpy().astype(np.float64) for name in names], axis=1)
+        except (ValueError, TypeError):
+            values = np.array(np.nan)
+        if not np.isfinite(values).all():
+            raise UserError(f"{path}: {', '.join(names)} hold what is no number; write the predictions again")
+        values = torch.from_numpy(values).softmax(1).numpy() if names[0].startswith("logit_") else values
         self.values = values if len(labels) > 2 else values[:, -1]
 
     def split(self, _: str) -> slice:
         return slice(None)
 
     def holds(self, ids: dict[str, Any], rows: slice, count: int) -> bool:
-        """Whether its `rows` are these `count`, as far as columns of both tell."""
+        """Whether its `rows` are these `count`, by the columns of both."""
         shared = self.ids.keys() & ids.keys()
-        return len(self.values[rows]) == count and all(self.ids[name][rows] == list(map(str, ids[name])) for name in shared)
+        same = all(self.ids[name][rows] == texts_of(ids[name]) for name in shared)
+        return len(self.values[rows]) == count and (count == 0 or (bool(shared) and same))
 
     def predict(self, rows: slice, logits: bool, _: None) -> np.ndarray:
         return boosting.margins(self.values[rows], self.info) if logits else self.values[rows]
+
+
+def texts_of(values: Sequence[Any]) -> list[str]:
+    return ["" if value is None else str(value) for value in values]
 
 
 class Vote:
@@ -68,7 +85,7 @@ class Vote:
         self.weights = np.array(weights or [1 / len(members)] * len(members))
         if len(self.weights) != len(members):
             raise UserError(f"--weights: {len(self.weights)} for {len(members)} runs; give one a run")
-        if self.weights.min() < 0 or abs(self.weights.sum() - 1) > 1e-6:
+        if not (self.weights.min() >= 0 and abs(self.weights.sum() - 1) <= 1e-6):
             raise UserError(f"--weights {' '.join(map(str, weights or []))}: must be 0 or more and sum to 1; they sum to {self.weights.sum():g}")
 
     def scorer(self) -> evaluate.Scorer:
@@ -83,19 +100,29 @@ class Vote:
         sets = [member.split(part) for member in self.members]
         if any(dataset is None for dataset in sets):
             return None
-        truth = self.targets(sets, self.first)
+        truth, ids = self.targets(sets, self.first), {"row": range(len(sets[self.first]))}
+        if any(isinstance(member, Saved) and "row" not in member.ids for member in self.members):
+            ids = self.ids_of(part)
         for place, member in enumerate(self.members):
             if isinstance(member, Saved):
-                count, same = len(member.values), member.holds({"row": range(len(truth))}, slice(None), len(truth))
+                count, same = len(member.values), member.holds(ids, slice(None), len(truth))
             else:
-                count = len(sets[place])
-                same = count == len(truth) and np.allclose(self.targets(sets, place), truth, rtol=1e-4, atol=1e-6)
+                count, drawn = len(sets[place]), cut_by(member.settings, part) == cut_by(self.settings, part)
+                same = drawn and count == len(truth) and np.allclose(self.targets(sets, place), truth, rtol=1e-4, atol=1e-6)
             if not same:
                 raise UserError(f"{member.path}: its {count} {part} rows are not the {len(truth)} of {self.path}, or in another order")
         return sets
 
+    def ids_of(self, part: str) -> dict[str, list]:
+        """The id columns of a part that is a file. Raises UserError for one that was cut off another."""
+        data = self.settings.data
+        if not getattr(data, part, ""):
+            raise UserError(f"{self.path}: its {part} rows were cut off data.train, so saved predictions with ids cannot be compared; give the run")
+        chunks = [chunk.ids for chunk in self.members[self.first].read(data.path(getattr(data, part)), 65_536)]
+        return {name: [value for ids in chunks for value in ids[name]] for name in chunks[0]}
+
     def read(self, source: Path, count: int) -> Iterator[Any]:
-        """A file to predict, in chunks, beside the same rows of saved predictions. Raises UserError where those are of others."""
+        """A file to predict, in chunks, beside the same rows of saved predictions. Raises UserError where rows are others."""
         saved, start = [member for member in self.members if isinstance(member, Saved)], 0
 
         def check(ids: dict[str, Any], rows: slice, count: int) -> None:
@@ -104,7 +131,9 @@ class Vote:
                     what = f"its {len(member.values)} rows, by {list(member.ids)}, are not those of {source}"
                     raise UserError(f"{member.path}: {what}; it must predict the same rows in their order")
 
-        for chunks in zip(*(member.read(source, count) for member in self.members if member not in saved), strict=True):
+        for chunks in itertools.zip_longest(*(member.read(source, count) for member in self.members if member not in saved)):
+            if None in chunks or any(not same_rows(chunk, chunks[0]) for chunk in chunks):
+                raise UserError(f'{source}: the runs skip different rows of it; correct these, or set data.on_bad = "error" to see them')
             rows, runs, ids = slice(start, start := start + len(chunks[0].dataset)), iter(chunks), chunks[0].ids
             check(ids, rows, len(chunks[0].dataset))
             sets = [rows if member in saved else next(runs).dataset for member in self.members]
@@ -121,8 +150,13 @@ class Vote:
         parts = [member.predict(dataset, self.logit, None) for member, dataset in zip(self.members, sets, strict=True)]
         predictions = self.mix(parts, self.weights)
         if scorer:
-            boosting.add_scores(scorer, predictions, torch.from_numpy(self.targets(sets, self.first)))
+            boosting.add_scores(scorer, predictions, torch.from_numpy(self.targets(sets, self.first)), self.weights_of(sets))
         return boosting.margins(predictions, self.info) if logits else predictions
+
+    def weights_of(self, sets: list[Any]) -> torch.Tensor | None:
+        """float [n]: what each row counts."""
+        rows = sets[self.first]
+        return rows.weights(torch.arange(len(rows))) if hasattr(rows, "weights") else None
 
     def mix(self, parts: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
         mixed = torch.from_numpy(np.tensordot(weights, np.array(parts, np.float64), 1))
@@ -131,13 +165,14 @@ class Vote:
     def fit(self) -> None:
         """Find the convex weights with the smallest log loss, or squared error, on the validation part. Raises UserError."""
         from scipy.optimize import minimize
-        from sklearn.metrics import log_loss, mean_squared_error
 
         for member in self.members:
             if isinstance(member, Saved):
                 raise UserError(f"--fit-weights: {member.path} is a file, which has no validation part; give its run folder, or --weights")
         sets = self.split("valid")
-        truth, parts = self.targets(sets, self.first), []
+        if sets is None:
+            raise UserError("--fit-weights: the runs have no validation part; give --weights")
+        truth, counts, parts = self.targets(sets, self.first), self.weights_of(sets), []
         for member, dataset in zip(self.members, sets, strict=True):
             # A fold's rows are judged by the boosters that were not trained on them.
             if isinstance(member, boosting.BoostPredictor) and len(member.boosters) > 1:
@@ -147,13 +182,36 @@ class Vote:
 
         def loss(weights: np.ndarray) -> float:
             mixed = self.mix(parts, weights)
-            return log_loss(truth, mixed, labels=range(len(self.info.labels))) if self.info.labels else mean_squared_error(truth, mixed)
+            if not self.info.labels:
+                return float(np.average((mixed - truth) ** 2, weights=counts))
+            chosen = np.where(truth > 0.5, mixed, 1 - mixed) if mixed.ndim == 1 else mixed[np.arange(len(truth)), truth]
+            return float(np.average(-np.log(np.clip(chosen, 1e-15, 1)), weights=counts))
 
         count, sums = len(parts), {"type": "eq", "fun": lambda weights: weights.sum() - 1}
-        found = minimize(loss, [1 / count] * count, method="SLSQP", bounds=[(0, 1)] * count, constraints=[sums], options={"ftol": 1e-10}).x
+        scale = loss(np.full(count, 1 / count)) or 1.0  # the solver's tolerance is absolute, dollars or millions
+        bounds, wanted = [(0, 1)] * count, {"ftol": 1e-10}
+        found = minimize(
+            lambda weights: loss(weights) / scale, [1 / count] * count, method="SLSQP", bounds=bounds, constraints=[sums], options=wanted
+        ).x
         found = np.round(np.clip(found, 0, 1), 4)
         found[found.argmax()] += 1 - found.sum()
         self.weights = np.round(found, 4)
         for member, alone in zip(self.members, np.eye(count), strict=True):
             process.say(f"valid loss {loss(alone):.6g}  {member.path}")
         process.say(f"valid loss {loss(self.weights):.6g}  --weights {' '.join(f'{weight:g}' for weight in self.weights)}")
+
+
+def cut_by(settings: Any, part: str) -> dict[str, Any]:
+    """What chose the rows of a part that was cut off the training file; {} of one with a file of its own."""
+    data = settings.data
+    shares = data.fractions() if hasattr(data, "fractions") else {}
+    if part not in shares and not (part == "train" and shares):
+        return {}
+    keys = ["train", "target", "group", "split_seed", *(["balance"] if part == "train" else [])]
+    return shares | {key: getattr(data, key, None) for key in keys}
+
+
+def same_rows(one: Any, other: Any) -> bool:
+    """Of two chunks of a file, by their ids."""
+    shared = one.ids.keys() & other.ids.keys()
+    return len(one.dataset) == len(other.dataset) and all(one.ids[name] == other.ids[name] for name in shared)

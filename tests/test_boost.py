@@ -17,9 +17,10 @@ import boost as script
 import commands
 import infer
 from boost import boost
+from data import table
 from engine import boosting, screen
 from engine.boosting import BoostPredictor
-from engine.config import UserError
+from engine.config import UserError, dump_toml
 from engine.settings import parse
 
 LIBRARIES = ["lightgbm", "xgboost"]
@@ -161,6 +162,7 @@ boost.main()
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_run_killed_in_its_third_fold_ends_with_the_same_files(folder, tmp_path, library):
     words = [f"boost.library={library}", "boost.folds=5", "boost.patience=0"]
+    words += ["boost.params={bagging_fraction=0.7,bagging_freq=1}" if library == "lightgbm" else "boost.params={subsample=0.7}"]
     command = [sys.executable, "-c", KILLED, "--config", str(folder / "boost.toml"), f"data.root={folder}", *words, f"run.dir={tmp_path / 'killed'}"]
     assert subprocess.run(command, env=commands.environment(), stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
     assert {path.stem for path in (tmp_path / "killed/folds").glob("*.json")} == {"fold0", "fold1"}
@@ -306,12 +308,95 @@ def test_the_screen_keeps_what_tells_and_writes_a_config(folder, tmp_path, kind,
     assert boosting.prepare(settings).names == passed
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_trials_of_other_folds_share_no_bins(folder, library):
+    shared = None
+    for folds in (3, 0, 2, 0):
+        settings = settings_of(folder, f"boost.library={library}", f"boost.folds={folds}", "boost.patience=0")
+        shared = shared or table.read(settings.data)
+        assert boost(settings, shared, trial=True) == boost(settings, trial=True)
+
+
+def test_what_is_written_is_the_best_round_where_some_rounds_grow_no_tree(tmp_path):
+    generator, seen = np.random.default_rng(0), 0
+    made = pd.DataFrame(generator.normal(size=(90, 3)), columns=list("abc"))
+    made["y"] = np.where(made["a"] + generator.normal(0, 1.5, 90) > 0, "yes", "no")
+    made.to_csv(tmp_path / "few.csv", index=False)
+    data = {"name": "table", "train": "few.csv", "target": "y", "test_fraction": 0.0, "valid_fraction": 0.4}
+    few = {"learning_rate": 0.3, "min_data_in_leaf": 12, "bagging_fraction": 0.6, "bagging_freq": 1}
+    (tmp_path / "few.toml").write_text(dump_toml({"data": data, "model": {"name": "mlp"}, "boost": {"rounds": 60, "patience": 15, "params": few}}))
+    for seed in range(6):
+        run = tmp_path / f"run{seed}"
+        result = boost(parse([tmp_path / "few.toml"], [f"data.root={tmp_path}", f"run.dir={run}", f"run.seed={seed}"]))
+        record = json.loads((run / "folds/fold0.json").read_text())
+        assert result["best"]["loss"] == pytest.approx(record["valid"][record["best_round"] - 1], rel=1e-6)
+        seen += BoostPredictor(run).boosters[0].num_trees() < record["best_round"]
+    assert seen  # else nothing was tested
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_town_that_only_held_out_rows_have_is_judged_as_it_will_be_predicted(folder, tmp_path, library):
+    made = rows(600, 0)
+    made.loc[[3, 77, 300], "town"] = ["Lima", "Quito", "Aachen"]
+    made.to_csv(tmp_path / "train.csv", index=False)
+    words = [f"data.root={tmp_path}", "data.test=", "boost.folds=3", f"boost.library={library}", f"run.dir={tmp_path / 'run'}"]
+    result = boost(parse([folder / "boost.toml"], words))
+    for number, fold in enumerate(result["folds"]):
+        record = json.loads((tmp_path / f"run/folds/fold{number}.json").read_text())
+        assert record["valid"][record["best_round"] - 1] == pytest.approx(fold["valid"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_damaged_folds_and_other_data_are_refused(folder, tmp_path, library):
+    (tmp_path / "train.csv").write_bytes((folder / "train.csv").read_bytes())
+    settings = parse([folder / "boost.toml"], [f"data.root={tmp_path}", "data.test=", f"boost.library={library}", f"run.dir={tmp_path / 'run'}"])
+    boost(settings)
+    (tmp_path / "run/result.json").unlink()  # as if killed while it concluded
+    (tmp_path / "run/oof.parquet").unlink()
+    with pytest.raises(UserError, match="has not ended"):
+        BoostPredictor(tmp_path / "run").held_out()
+    rows(600, 9).to_csv(tmp_path / "train.csv", index=False)
+    with pytest.raises(UserError, match="other data"):
+        boost(settings)
+    model = tmp_path / "run/folds" / f"fold0{boosting.LIBRARIES[library].suffix}"
+    model.write_bytes(model.read_bytes()[:3000])
+    with pytest.raises(UserError, match="damaged"):
+        BoostPredictor(tmp_path / "run")
+
+
+def test_names_of_columns_may_hold_anything(folder, tmp_path):
+    made = rows(600, 0).rename(columns={"a": "cost_$_per_$", "noise": "b_b", "age": "b_b_1"})
+    made.to_csv(tmp_path / "train.csv", index=False)
+    for library in LIBRARIES:
+        run = tmp_path / library
+        boost(parse([folder / "boost.toml"], [f"data.root={tmp_path}", "data.test=", f"boost.library={library}", f"run.dir={run}"]))
+        assert (run / "importance.png").exists()
+
+
+def test_a_metric_of_the_model_file_counts_here_too(folder, monkeypatch):
+    from torchmetrics.classification import BinarySpecificity
+
+    from models import mlp
+
+    monkeypatch.setattr(mlp, "specificity", lambda info: BinarySpecificity(), raising=False)
+    assert 0 < boost(settings_of(folder, 'task.metrics=["specificity"]'), trial=True)["best"]["specificity"] <= 1
+
+
 MISTAKES = {
     'boost.features=["agee"]': ("'agee'", "did you mean age?"),
     "boost.folds=1": ("boost.folds = 1", "2 or more"),
     "boost.folds=500": ("boost.folds = 500", "smallest class"),
     "boost.folds=3 boost.split=group": ("boost.split", "data.group"),
     "boost.folds=20 data.group=group": ("boost.folds = 20", "12 groups"),
+    "boost.folds=3 data.balance=undersample": ("data.balance", "class_weights"),
+    "boost.params.loss=l1": ("loss", "boost.params.objective"),
+    "boost.params.verbosity=-1": ("verbosity",),
+    "boost.params.objective=regression": ("boost.params.objective", "no probabilities"),
+    "boost.params.monotone_constraints=[1]": ("monotone_constraints", "5 features"),
+    "boost.library=xgboost boost.params.booster=dart": ("dart", "boost.patience"),
+    "boost.library=xgboost boost.params.disable_default_eval_metric=1": ("eval_metric",),
+    "boost.library=xgboost boost.params.objective=binary:logitraw": ("boost.params.objective", "no probabilities"),
+    "data.id=row": ("data.id = 'row'",),
     "boost.params.num_leafs=7": ("boost.params.num_leafs", "no such parameter"),
     "boost.params.num_leaves=1": ("lightgbm refuses", "num_leaves"),
     "boost.params.metric=foo": ("boost.params.metric", "'foo'"),

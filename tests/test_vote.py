@@ -7,6 +7,7 @@ import torch
 
 import commands
 import infer
+from boost import boost
 from engine import boosting
 from engine.boosting import BoostPredictor
 from engine.config import UserError
@@ -108,6 +109,66 @@ def test_out_of_fold_predictions_are_of_boosters_that_did_not_see_the_row(folder
         np.testing.assert_array_equal(held.loc[rows_, "probability_yes"], expected)
 
 
+@pytest.mark.parametrize("scale", [1e-5, 1e6])
+def test_fitted_weights_do_not_depend_on_the_unit_of_the_target(folder, scale):
+    def fitted(scale):
+        vote = Vote(members(folder, "regression-lightgbm", "regression-xgboost"), None, "probability")
+        targets, predicted = vote.targets, [member.predict for member in vote.members]
+        held = vote.members[1].held_out
+        vote.targets = lambda *some: targets(*some) * scale
+        vote.members[0].predict = lambda *some: predicted[0](*some) * scale
+        vote.members[1].held_out = lambda: held() * scale
+        vote.fit()
+        return vote.weights
+
+    np.testing.assert_allclose(fitted(scale), fitted(1.0), atol=2e-3)
+
+
+def test_weights_of_samples_count_in_a_vote(folder, tmp_path):
+    alone, other = tmp_path / "alone", folder / "binary-lightgbm"
+    words = ["data.weight=weight", 'data.drop=["three", "amount", "group"]', "boost.rounds=20", f"run.dir={alone}"]
+    result = boost(parse([folder / "vote.toml"], [f"data.root={folder}", *words]))
+    vote = Vote([infer.open_run(alone, torch.device("cpu"), [], None), *members(folder, other)], [1.0, 0.0], "probability")
+    assert vote.score(vote.split("test"))[0]["loss"] == pytest.approx(result["test"]["loss"], rel=1e-9)
+
+
+def test_rows_are_told_by_their_ids(folder, tmp_path):
+    """Ids such as 007, saved as CSV, in order and not."""
+    for name, count in (("train", 600), ("test", 200)):
+        made = pd.read_csv(folder / f"{name}.csv")
+        made["key"] = [f"{number:06d}" for number in range(count)]
+        made.to_csv(tmp_path / f"{name}.csv", index=False)
+    settings = parse([folder / "vote.toml"], [f"data.root={tmp_path}", "data.id=key", "boost.rounds=10", f"run.dir={tmp_path / 'run'}"])
+    boost(settings)
+    run = infer.open_run(tmp_path / "run", torch.device("cpu"), [], None)
+    infer.predict_file(run, tmp_path / "test.csv", tmp_path / "saved.csv", False)
+    pd.read_csv(tmp_path / "saved.csv", dtype={"key": str})[::-1].to_csv(tmp_path / "swapped.csv", index=False)
+    pd.read_csv(tmp_path / "saved.csv").drop(columns="key").to_csv(tmp_path / "bare.csv", index=False)
+    for name, right in {"saved": True, "swapped": False, "bare": False}.items():
+        vote = Vote([run, infer.open_run(tmp_path / f"{name}.csv", torch.device("cpu"), [], None)], None, "probability")
+        for act in (lambda vote=vote: vote.split("test"), lambda vote=vote: list(vote.read(tmp_path / "test.csv", 64))):
+            if right:
+                act()
+            else:
+                with pytest.raises(UserError, match=r"order|same rows"):
+                    act()
+    vote = Vote([run, infer.open_run(tmp_path / "saved.csv", torch.device("cpu"), [], None)], None, "probability")
+    with pytest.raises(UserError, match="cut off"):
+        vote.split("valid")
+
+
+def test_parts_cut_by_another_seed_are_other_rows_though_their_targets_are_alike(folder, tmp_path):
+    pd.read_csv(folder / "train.csv").sort_values("yes").to_csv(tmp_path / "train.csv", index=False)
+    runs = []
+    for seed in (0, 1):
+        runs.append(tmp_path / f"run{seed}")
+        words = ["data.test=", f"data.split_seed={seed}", "boost.rounds=5", f"run.dir={runs[-1]}"]
+        boost(parse([folder / "vote.toml"], [f"data.root={tmp_path}", *words]))
+    vote = Vote([infer.open_run(run, torch.device("cpu"), [], None) for run in runs], None, "probability")
+    with pytest.raises(UserError, match="valid rows are not"):
+        vote.split("valid")
+
+
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
 def test_a_file_of_predictions_votes_as_its_run(folder, tmp_path, kind):
     def voted(*names):
@@ -130,6 +191,8 @@ def test_commands_and_mistakes(folder):
     pd.read_csv(folder / "binary-deep.csv").head(50).to_csv(short, index=False)
     swapped = folder / "swapped.csv"
     pd.read_csv(folder / "binary-deep.csv").iloc[::-1].to_csv(swapped, index=False)
+    gaps = folder / "gaps.csv"
+    pd.read_csv(folder / "binary-deep.csv").assign(probability_yes=np.nan).to_csv(gaps, index=False)
     test, output = ["--split", "test"], ["--input", folder / "test.csv", "--output", folder / "voted.csv"]
     good = [
         [one, two, three, "--fit-weights", *test],
@@ -157,6 +220,8 @@ def test_commands_and_mistakes(folder):
         (folder / "binary-deep.csv", folder / "binary-lightgbm.csv", *test): ("one run folder",),
         (folder / "binary-deep.csv", *test): ("one run folder",),
         (one, folder / "test.csv", *test): ("test.csv", "'prediction'"),
+        (one, gaps, *test): ("gaps.csv", "no number"),
+        (one, two, "--weights", "nan", 1, *test): ("--weights", "sum to 1"),
         (one, folder / "gone", *test): ("gone", "not a run folder"),
         (one, two, "--checkpoint", "step=1", *test): ("--checkpoint", "one run"),
         (one, two, "--average", "median", *test): ("--average", "median"),
