@@ -2,10 +2,12 @@
 
     make bench-tables
     python benchmarks/tables.py --only california --recipes lightgbm xgboost
+    python benchmarks/tables.py --only california --recipes tabm-full --seeds 0        hours without a GPU
 
 Each recipe of conf/ is trained with several seeds, by the scripts, into a folder of its own under --runs, where finished runs are taken
 as they stand and others go on. The vote is of LightGBM over five folds, XGBoost and TabM, its weights fitted on validation rows. Then boosting
-in boost.py and by hand take turns: the same rows, folds, parameters and so the same trees. Exit status 0 where the bars hold, else 1.
+in boost.py and by hand take turns: the same rows, folds, parameters and so the same trees. Lines of --results that were not asked for
+stay. Exit status 0 where the bars hold, else 1.
 """
 
 import argparse
@@ -31,6 +33,7 @@ RECIPES = {
     "lightgbm": ("boost.py", "lightgbm"),
     "xgboost": ("boost.py", "xgboost"),
     "tabm": ("train.py", "tabm"),
+    "tabm-full": ("train.py", "tabm_full"),
     "lightgbm-folds": ("boost.py", "lightgbm", "boost.folds=5"),
 }
 """script, conf/<data>_<…>.toml, overrides"""
@@ -38,8 +41,8 @@ VOTERS = ["lightgbm-folds", "xgboost", "tabm"]
 SCORES = {"adult": ("accuracy", 1), "california": ("rmse", -1)}
 """the score, and whether more of it is better"""
 BARS = {
-    "adult": {"lightgbm-default": 0.869, "boosted": 0.8735, "tabm": 0.867, "vote": 0.8745},
-    "california": {"lightgbm-default": (0.4495, 1e-4), "boosted": 0.433, "tabm": 0.44, "vote": 0.42},
+    "adult": {"lightgbm-default": 0.869, "boosted": 0.8735, "tabm": 0.867, "tabm-full": 0.8695, "vote": 0.8745},
+    "california": {"lightgbm-default": (0.4495, 1e-4), "boosted": 0.433, "tabm": 0.44, "tabm-full": 0.43, "vote": 0.42},
 }
 """at least or at most this, or this within a tolerance"""
 BAR_SECONDS, BAR_MINUTES = 1.1, 30
@@ -48,6 +51,7 @@ PUBLISHED = {
     "lightgbm": ("tabr", "lightgbm_", "2-evaluation"),
     "xgboost": ("tabr", "xgboost_", "2-evaluation"),
     "tabm": ("tabm", "tabm-mini-piecewiselinear", "0-evaluation"),
+    "tabm-full": ("tabm", "tabm-mini-piecewiselinear", "0-evaluation"),
     "vote": ("tabm", "tabm-mini-piecewiselinear", "0-ensemble-5"),
 }
 """rows of published_scores.csv: repository, model, run. Beside the vote stands the same authors' ensemble of five."""
@@ -82,7 +86,13 @@ def outcome(run: Path) -> dict[str, Any]:
     seconds = result["clock"]["seconds"]
     if lines := read_lines(run / "metrics.jsonl"):
         seconds = lines[-1]["clock"]["seconds"] + earlier_seconds(lines)
-    return {"valid": result["best"], "test": result["test"], "seconds": seconds}
+    return {"valid": result["best"], "test": result["test"], "seconds": seconds, "commits": commits([run])}
+
+
+def commits(runs: list[Path]) -> list[str]:
+    """Which made these runs; with a star where files were not committed."""
+    records = [json.loads((run / "tracker.json").read_text()) for run in runs]
+    return sorted({record["commit"][:7] + "*" * record["dirty"] for record in records})
 
 
 def vote(runs: list[Path]) -> dict[str, Any]:
@@ -93,20 +103,12 @@ def vote(runs: list[Path]) -> dict[str, Any]:
 
     members = Vote([infer.open_run(run, torch.device("cpu"), [], None) for run in runs], None, "probability")
     members.fit()
-    return {"valid": {}, "test": members.score(members.split("test"))[0], "weights": members.weights.tolist(), "seconds": 0.0}
-
-
-def best_boosted(found: dict[str, list[dict[str, Any]]]) -> str:
-    """The tuned recipe with the smaller validation loss: the test part has no say."""
-    return min((recipe for recipe in ("lightgbm", "xgboost") if recipe in found), key=lambda recipe: mean(found[recipe], "valid", "loss"), default="")
-
-
-def mean(outcomes: list[dict[str, Any]], part: str, score: str) -> float:
-    return statistics.fmean(outcome[part][score] for outcome in outcomes)
+    tested = {"test": members.score(members.split("test"))[0], "weights": members.weights.tolist()}
+    return tested | {"valid": {}, "seconds": 0.0, "commits": commits(runs)}
 
 
 def scores(data: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A line a recipe: the test score over seeds, the published one, the bar."""
+    """A line a recipe: the test score over seeds, beside the published one."""
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for recipe in options.recipes:
@@ -116,32 +118,37 @@ def scores(data: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 else outcome(train(data, recipe, seed, options.runs))
             )
             print(f"{data} {recipe} seed {seed}: {found[recipe][-1]}", flush=True)
-    score, sign = SCORES[data]
-    lines = []
+    score, lines = SCORES[data][0], []
     for recipe, outcomes in found.items():
-        bar = BARS[data].get("boosted" if recipe == best_boosted(found) else recipe)
-        value = mean(outcomes, "test", score)
-        holds = None if bar is None else abs(value - bar[0]) <= bar[1] if isinstance(bar, tuple) else sign * value >= sign * bar
-        if recipe == "tabm":
-            holds = holds and max(outcome["seconds"] for outcome in outcomes) <= 60 * BAR_MINUTES
         values = [outcome["test"][score] for outcome in outcomes]
         lines.append(
             {
                 "data": data,
                 "score": score,
                 "recipe": recipe,
-                "mean": value,
+                "mean": statistics.fmean(values),
                 "spread": statistics.stdev(values) if len(values) > 1 else None,
                 "seeds": values,
                 "published": published(data, recipe),
-                "bar": bar,
-                "holds": holds,
                 "seconds": [outcome["seconds"] for outcome in outcomes],
-                "valid_loss": None if recipe == "vote" else mean(outcomes, "valid", "loss"),
+                "valid_loss": None if recipe == "vote" else statistics.fmean(outcome["valid"]["loss"] for outcome in outcomes),
+                "commits": sorted({commit for outcome in outcomes for commit in outcome["commits"]}),
             }
             | ({"weights": [outcome["weights"] for outcome in outcomes]} if recipe == "vote" else {})
         )
     return lines
+
+
+def judge(lines: list[dict[str, Any]]) -> None:
+    """Put bars beside scores. That of boosting is for the tuned recipe with the smaller validation loss: the test part has no say."""
+    for line in lines:
+        data, recipe, value = line["data"], line["recipe"], line["mean"]
+        tuned = [other for other in lines if other["data"] == data and other["recipe"] in ("lightgbm", "xgboost")]
+        bar = BARS[data].get("boosted" if tuned and line is min(tuned, key=lambda other: other["valid_loss"]) else recipe)
+        holds = None if bar is None else abs(value - bar[0]) <= bar[1] if isinstance(bar, tuple) else SCORES[data][1] * (value - bar) >= 0
+        if recipe == "tabm":
+            holds = holds and max(line["seconds"]) <= 60 * BAR_MINUTES
+        line |= {"bar": bar, "holds": holds}
 
 
 def by_hand(library: str, settings: Any) -> tuple[float, list[int]]:
@@ -221,18 +228,21 @@ def verdict(holds: bool | None) -> str:
 
 def tables(scored: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
     """The two tables, in Markdown."""
-    rows = [["data", "recipe", "test score", "spread", "published", "bar", "", "seconds a run"]]
+    rows = [["data", "recipe", "test score", "spread", "seeds", "published", "bar", "", "seconds a run", "command", "commit"]]
     for line in scored:
         bar = "" if line["bar"] is None else "{} ± {}".format(*line["bar"]) if isinstance(line["bar"], tuple) else f"{line['bar']:.4f}"
         numbers = [f"{line[key]:.4f}" if line[key] is not None else "" for key in ("mean", "spread", "published")]
         seconds = "" if line["recipe"] == "vote" else f"{statistics.fmean(line['seconds']):.0f}"
-        rows.append([f"{line['data']}, {line['score']}", line["recipe"], *numbers, bar, verdict(line["holds"]), seconds])
+        numbers.insert(2, str(len(line["seeds"])))
+        end = [bar, verdict(line["holds"]), seconds, line["command"], ", ".join(line["commits"])]
+        rows.append([f"{line['data']}, {line['score']}", line["recipe"], *numbers, *end])
     text = markdown(rows)
     if timed:
-        rows = [["data", "library", "boost.py, s", "by hand, s", "ratio", "bar", "", "with scores and pictures, s"]]
+        rows = [["data", "library", "boost.py, s", "by hand, s", "ratio", "bar", "", "with scores and pictures, s", "command", "commit"]]
         for line in timed:
             seconds = [f"{line[key]:.2f}" for key in ("boost_seconds", "hand_seconds")]
             end = [f"{line['ratio']:.3f}", f"{line['bar']:.2f}", verdict(line["holds"]), f"{line['whole_seconds']:.1f}"]
+            end += [line["command"], *line["commits"]]
             rows.append([line["data"], line["library"], *seconds, *end])
         text += "\n" + markdown(rows)
     return text
@@ -245,7 +255,7 @@ def markdown(rows: list[list[str]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SCORES, default=list(SCORES), metavar="DATA", help=f"of {', '.join(SCORES)}")
-    default = [name for name in RECIPES if not name.endswith("-folds")] + ["vote"]
+    default = [name for name in RECIPES if not name.endswith(("-folds", "-full"))] + ["vote"]
     parser.add_argument("--recipes", nargs="*", choices=[*RECIPES, "vote"], default=default, metavar="RECIPE", help=f"of {', '.join(default)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pairs", type=int, default=5, help="turns of boost.py and by hand that count, one more comes first; -1 leaves them out")
@@ -253,25 +263,28 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/bench-tables", help="folder of the run folders")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of tables.json and tables.md")
     options = parser.parse_args()
-    begun, words = time.perf_counter(), list(sys.argv[1:])
+    words, begun = list(sys.argv[1:]), time.perf_counter()
     for place in [place for place, word in enumerate(words) if word in ("--runs", "--results")][::-1]:  # where it is, is not what it is
         del words[place : place + 2]
     scored = [line for data in options.only for line in scores(data, options)]
     pairs = [(data, library) for data in options.only for library in ("lightgbm", "xgboost") if options.pairs > 0 and library in options.recipes]
     timed = [overhead(data, library, options) for data, library in pairs]
-    print(text := tables(scored, timed))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    made = {
-        "command": " ".join(["python", "benchmarks/tables.py", *words]),
-        "commit": commit,
-        "seconds": round(time.perf_counter() - begun, 1),
-        "machine": f"{os.cpu_count()} cores, {processor()}",
-    }
+    commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    made = {"command": " ".join(["python", "benchmarks/tables.py", *words]), "machine": f"{os.cpu_count()} cores, {processor()}"}
+    place, kept = options.results / "tables.json", {"scores": [], "boosting": []}
+    if place.exists():
+        kept = json.loads(place.read_text())
+    for part, names, lines in (("scores", ("data", "recipe"), scored), ("boosting", ("data", "library"), timed)):
+        new = {tuple(line[name] for name in names): {"commits": [commit], **line, **made} for line in lines}
+        kept[part] = [*({tuple(line[name] for name in names): line for line in kept[part]} | new).values()]
+    judge(kept["scores"])
+    print(text := tables(kept["scores"], kept["boosting"]))
     options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "tables.json").write_text(json.dumps({**made, "scores": scored, "boosting": timed}, indent=1) + "\n")
-    about = ", ".join(f"{key}: {value}" for key, value in made.items())
-    (options.results / "tables.md").write_text(f"{text}\n{about}. Runs that stood finished are not in these seconds.\n")
-    return 0 if all(line["holds"] is not False for line in scored + timed) else 1
+    place.write_text(json.dumps(kept, indent=1) + "\n")
+    place.with_suffix(".md").write_text(f"{text}\n{made['machine']}. This command took {time.perf_counter() - begun:.0f} s beside runs that stood.\n")
+    asked = {(line["data"], line["recipe"]) for line in scored}
+    lines = [line for line in kept["scores"] if (line["data"], line["recipe"]) in asked] + timed
+    return 0 if all(line["holds"] is not False for line in lines) else 1
 
 
 def processor() -> str:

@@ -102,7 +102,7 @@ class Vote:
             return None
         truth, ids = self.targets(sets, self.first), {"row": range(len(sets[self.first]))}
         if any(isinstance(member, Saved) and "row" not in member.ids for member in self.members):
-            ids = self.ids_of(part)
+            ids |= self.ids_of(part)
         for place, member in enumerate(self.members):
             if isinstance(member, Saved):
                 count, same = len(member.values), member.holds(ids, slice(None), len(truth))

@@ -17,8 +17,10 @@ import pytest
 import torch
 
 import commands
+from boost import boost
 from data import Splits, _scale, table
-from engine.config import UserError, validate
+from engine.config import UserError, dump_toml, validate
+from engine.settings import parse
 
 REAL = os.environ.get("PLAINLOOP_DATA", "")
 needs_data = pytest.mark.skipif(not REAL, reason="PLAINLOOP_DATA is unset: the public data sets are not here")
@@ -48,6 +50,15 @@ def whole(dataset: Any) -> dict[str, torch.Tensor]:
 
 def load(root: Path, **keys: Any) -> Splits:
     return table.load(config(root, **keys))
+
+
+def boosted(root: Path, **keys: Any) -> list[str]:
+    """What boost.py says of the same mistake."""
+    values = {"name": "table", "root": str(root), "train": "train.csv", "target": "y", **keys}
+    (root / "boost.toml").write_text(dump_toml({"data": values, "model": {"name": "mlp"}}))
+    with pytest.raises(UserError) as caught:
+        boost(parse([root / "boost.toml"]), trial=True)
+    return caught.value.lines
 
 
 # Reading
@@ -470,6 +481,7 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, keys: dict[str, Any], wor
     assert word in str(caught.value)
     assert len(caught.value.lines) == 1
     assert "\n" not in str(caught.value)
+    assert boosted(tmp_path, **keys) == caught.value.lines
 
 
 @pytest.mark.parametrize(
@@ -488,6 +500,7 @@ def test_mistakes_in_a_second_file(tmp_path: Path, text: str, word: str) -> None
         load(tmp_path, test="test.csv")
     assert word in str(caught.value)
     assert "test" in str(caught.value)
+    assert boosted(tmp_path, test="test.csv") == caught.value.lines
 
 
 @pytest.mark.parametrize(("kind", "target", "word"), [("regression", "b", "'u'"), ("binary", "b", "multiclass")])
