@@ -155,8 +155,8 @@ class Vote:
 
     def weights_of(self, sets: list[Any]) -> torch.Tensor | None:
         """float [n]: what each row counts."""
-        rows = sets[self.first]
-        return rows.weights(torch.arange(len(rows))) if hasattr(rows, "weights") else None
+        weights_of = getattr(sets[self.first], "weights", None)
+        return weights_of(torch.arange(len(sets[self.first]))) if weights_of else None
 
     def mix(self, parts: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
         mixed = torch.from_numpy(np.tensordot(weights, np.array(parts, np.float64), 1))
