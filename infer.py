@@ -177,7 +177,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--logits", action="store_true", help="logits in place of probabilities")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of each run in the vote, together 1; default: equal")
     parser.add_argument("--fit-weights", action="store_true", help="find the weights on the validation part")
-    parser.add_argument("--average", choices=["probability", "logit"], default="probability", help="what the vote averages")
+    parser.add_argument("--average", choices=["probability", "logit"], help="what the vote averages; default: probability")
     parser.add_argument("--checkpoint", metavar="step=N", help="another checkpoint than the best: step=N or epoch=N")
 
 
@@ -197,8 +197,8 @@ def main() -> None:
     runs = [Path(word) for word in words if word not in overrides]
     if not runs or not (options.input or options.split or options.fit_weights):
         raise UserError("infer.py takes run folders and --input FILE --output FILE, or --split test; see --help")
-    if len(runs) == 1 and (options.weights or options.fit_weights):
-        raise UserError("--weights and --fit-weights: are for the vote of several runs; name two or more")
+    if len(runs) == 1 and (options.weights or options.fit_weights or options.average):
+        raise UserError("--weights, --fit-weights and --average: are for the vote of several runs; name two or more")
     if len(runs) > 1 and options.checkpoint:
         raise UserError("--checkpoint: is for one run; the vote takes the best weights of each")
     if options.weights and options.fit_weights:

@@ -67,7 +67,7 @@ def texts_of(values: Sequence[Any]) -> list[str]:
 class Vote:
     """Members that vote; to infer.py what Predictor is, over a list of data sets, one a member."""
 
-    def __init__(self, members: Sequence[Any], weights: Sequence[float] | None, average: str):
+    def __init__(self, members: Sequence[Any], weights: Sequence[float] | None, average: str | None):
         self.members = members
         self.first = next((place for place, member in enumerate(members) if not isinstance(member, Saved)), -1)
         if self.first < 0:
@@ -81,7 +81,9 @@ class Vote:
             there, here = (f"{info.kind} of {', '.join(info.labels) or 'a number'}" for info in (member.info, known))
             if there != here:
                 raise UserError(f"{member.path}: predicts {there}, {self.path} {here}; runs that vote must agree on their labels")
-        self.logit = average == "logit" and bool(known.labels)
+        self.logit = average == "logit"
+        if self.logit and not known.labels:
+            raise UserError(f"--average logit: {self.path} predicts a number, which has no logits; leave it out")
         self.weights = np.array(weights or [1 / len(members)] * len(members))
         if len(self.weights) != len(members):
             raise UserError(f"--weights: {len(self.weights)} for {len(members)} runs; give one a run")

@@ -205,6 +205,8 @@ def test_commands_and_mistakes(folder):
         (one, two, "--weights", 1.5, -0.5, *test): ("--weights", "0 or more"),
         (one, two, "--weights", 1, *test): ("--weights", "1 for 2 runs"),
         (one, "--fit-weights", *test): ("--fit-weights", "several runs"),
+        (one, "--average", "logit", *test): ("--average", "several runs"),
+        (folder / "regression-lightgbm", folder / "regression-deep", "--average", "logit", *test): ("--average logit", "a number"),
         (one, two, "--fit-weights", "--weights", 0.5, 0.5, *test): ("--fit-weights", "--weights", "one of them"),
         (one, folder / "multiclass-deep", *test): ("multiclass-deep", "labels"),
         (one, folder / "regression-deep", *test): ("regression-deep", "labels"),
