@@ -1,6 +1,7 @@
 """Gradient boosting of a table's raw columns: LightGBM and XGBoost by their native APIs, and prediction from their files."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import operator
@@ -44,10 +45,14 @@ class Data:
 
     def mark(self, fold: Fold) -> str:
         """Of what a fold is made: another one where the files have changed."""
-        mark = 0
-        for array in (self.matrix, self.table.target, *fold):
-            mark = zlib.crc32(np.ascontiguousarray(array), mark)
+        mark = self.checksum
+        for rows in fold:
+            mark = zlib.crc32(rows, mark)
         return f"{mark:08x}"
+
+    @functools.cached_property
+    def checksum(self) -> int:
+        return zlib.crc32(np.ascontiguousarray(self.table.target), zlib.crc32(np.ascontiguousarray(self.matrix)))
 
 
 @dataclasses.dataclass
