@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from engine import boosting, folder, metrics, page, process, report, screen, tracking
-from engine.boosting import BoostPredictor, Data, Fold, Part, fold_file
+from engine import boost_data, boosting, folder, metrics, page, process, report, screen, tracking
+from engine.boost_data import Data, Fold, Part
+from engine.boosters import LIBRARIES
+from engine.boosting import BoostPredictor, fold_file
 from engine.config import UserError
 from engine.settings import Settings, command_line, parse
 from engine.tensors import sha256
@@ -49,10 +51,10 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
         if run and (run / "result.json").exists():
             process.say(f"{run}: finished; another run.dir or run.seed begins a new run")
             return folder.read_result(run)
-        data = boosting.prepare(settings, splits)
+        data = boost_data.prepare(settings, splits)
         info, rounds = data.table.info, settings.boost.rounds
         metrics.names(settings.task, info, boosting.own_metrics(settings))
-        library, folds, done = boosting.LIBRARIES[settings.boost.library](info, data.names), boosting.cut(settings, data), 0
+        library, folds, done = LIBRARIES[settings.boost.library](info, data.names), boost_data.cut(settings, data), 0
         if run:
             (run / "folds").mkdir(exist_ok=True)
             folder.write_inputs(run, info, data.table.preprocessing)

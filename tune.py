@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from engine import boosting, config, process, search, study_report, tracking
+from engine import boost_data, config, process, search, study_report, tracking
 from engine.config import UserError
 from engine.search import Search
 from engine.settings import Settings, command_line, parse, plan_of, replaced
@@ -71,7 +71,7 @@ class Trials:
         self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=ALONE)) if together else None
         splits = self.read(settings)  # what is wrong with the data is said before the first trial
         if settings.tune.target == "boost":
-            boosting.prepare(settings, splits)
+            boost_data.prepare(settings, splits)
 
     def read(self, settings: Settings) -> Any:
         key = settings.data.model_dump_json()

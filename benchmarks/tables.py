@@ -153,11 +153,12 @@ def judge(lines: list[dict[str, Any]]) -> None:
 
 def by_hand(library: str, settings: Any) -> tuple[float, list[int]]:
     """Seconds and best rounds of the library's own training of the folds, binned once where it can be."""
-    from engine import boosting
+    from engine import boost_data
+    from engine.boosters import LIBRARIES
 
-    data = boosting.prepare(settings)
+    data = boost_data.prepare(settings)
     rows, target, boost = data.table.rows["folds"], data.table.target, settings.boost
-    made = boosting.LIBRARIES[library](data.table.info, data.names)
+    made = LIBRARIES[library](data.table.info, data.names)
     best, begun = [], time.perf_counter()
     if library == "lightgbm":
         import lightgbm
@@ -165,7 +166,7 @@ def by_hand(library: str, settings: Any) -> tuple[float, list[int]]:
         wide = {"deterministic": True, "verbosity": -1, "force_row_wise": True}
         params, categories = made.params(settings, **wide), list(range(data.table.info.numeric, len(data.names)))
         whole = lightgbm.Dataset(data.matrix[rows], target[rows], categorical_feature=categories, params=params)
-        for fold, held in boosting.cut(settings, data):
+        for fold, held in boost_data.cut(settings, data):
             valid = whole.create_valid(data.matrix[held], target[held])
             stop = lightgbm.early_stopping(boost.patience, first_metric_only=True, verbose=False)
             part = whole.construct().subset(np.searchsorted(rows, fold))
@@ -174,7 +175,7 @@ def by_hand(library: str, settings: Any) -> tuple[float, list[int]]:
         import xgboost
 
         params = made.params(settings)
-        for fold, held in boosting.cut(settings, data):
+        for fold, held in boost_data.cut(settings, data):
             train_set = xgboost.QuantileDMatrix(data.matrix[fold], target[fold], **made.columns)
             # Where rows held out have categories that the others lack, the others' bins would do them wrong.
             binned = (xgboost.DMatrix, {}) if data.table.info.categories else (xgboost.QuantileDMatrix, {"ref": train_set})

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import boosting, folder, process, report, tracking
+from engine import boost_data, folder, process, report, tracking
 from engine.config import UserError, dump_toml
 from engine.settings import Settings
 
@@ -15,7 +15,7 @@ def screen(settings: Settings) -> list[str]:
     import pandas as pd
     from scipy import stats
 
-    data, boost = boosting.prepare(settings), settings.boost
+    data, boost = boost_data.prepare(settings), settings.boost
     info, run, rows = data.table.info, tracking.run_folder(settings, "boost"), data.table.rows["train"]
     with folder.claim(run, settings, "boost"):
         columns = enumerate(data.matrix[rows].T.astype(np.float64))

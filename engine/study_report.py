@@ -8,7 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from engine import boosting, process, search, tracking
+from engine import boost_data, process, search, tracking
+from engine.boosters import LIBRARIES
 from engine.config import UserError
 from engine.folder import write_text
 from engine.search import Search
@@ -136,10 +137,10 @@ def stepwise(settings: Settings, place: Path) -> None:
         raise UserError('tune.method = "lightgbm-stepwise": is one process; start it by python')
     settings = replaced(settings, {"boost.library": "lightgbm", "boost.folds": settings.boost.folds or 5, "tune.target": "boost", "tune.space": {}})
     owner = process.lock(place)  # noqa: F841, it lasts as long as this name
-    data = boosting.prepare(settings)
-    folds = boosting.cut(settings, data)
+    data = boost_data.prepare(settings)
+    folds = boost_data.cut(settings, data)
     learned = np.unique(np.concatenate([part for fold in folds for part in fold]))
-    library = boosting.LIBRARIES["lightgbm"](data.table.info, data.names)
+    library = LIBRARIES["lightgbm"](data.table.info, data.names)
     kind, score = data.table.info.kind, search.rule(settings)[1]
     usual = {"binary": "binary_logloss", "multiclass": "multi_logloss", "regression": "rmse"}[kind]
     known = {"auroc": "auc" if kind == "binary" else "auc_mu", "mae": "l1", "accuracy": "binary_error" if kind == "binary" else "multi_error"}

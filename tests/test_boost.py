@@ -18,7 +18,7 @@ import commands
 import infer
 from boost import boost
 from data import table
-from engine import boosting, screen
+from engine import boost_data, boosters, screen
 from engine.boosting import BoostPredictor
 from engine.config import UserError, dump_toml
 from engine.settings import parse
@@ -94,7 +94,7 @@ def test_predictions_from_the_files_are_those_in_memory(folder, tmp_path, monkey
     monkeypatch.setattr(script, "fit", lambda *arguments: in_memory.append(fit(*arguments)) or in_memory[-1])
     settings = settings_of(folder, f"boost.library={library}", *TARGETS[kind], f"run.dir={tmp_path / 'run'}", "boost.folds=2")
     result = boost(settings)
-    data = boosting.prepare(settings)
+    data = boost_data.prepare(settings)
     predictor = BoostPredictor(tmp_path / "run")
     for (booster, best), loaded in zip(in_memory, predictor.boosters, strict=True):
         for margin in (False, True):
@@ -102,7 +102,7 @@ def test_predictions_from_the_files_are_those_in_memory(folder, tmp_path, monkey
             np.testing.assert_array_equal(mine, predictor.library.predict(loaded, data.matrix, margin))
         trees = loaded.num_trees() / loaded.num_model_per_iteration() if library == "lightgbm" else loaded.num_boosted_rounds()
         assert trees == best
-    scores, predictions, _ = predictor.score(boosting.Part(data, data.table.rows["test"]))
+    scores, predictions, _ = predictor.score(boost_data.Part(data, data.table.rows["test"]))
     assert scores == result["test"]
     # A file read anew gives the same, and so does what infer.py writes of it.
     dataset, _ = matrix_of(folder, settings)
@@ -119,7 +119,7 @@ def test_the_best_round_and_weights_are_those_of_the_native_call(folder, tmp_pat
     extra = ["data.weight=weight", "data.balance=class_weights", 'data.drop=["three", "amount", "group"]']
     settings = settings_of(folder, *extra, f"run.dir={tmp_path / 'lightgbm'}")
     result = boost(settings)
-    data = boosting.prepare(settings)
+    data = boost_data.prepare(settings)
     table = data.table
     train, valid = table.rows["train"], table.rows["valid"]
     counts = np.bincount(table.target[train])
@@ -172,7 +172,7 @@ def test_a_run_killed_in_its_third_fold_ends_with_the_same_files(folder, tmp_pat
     resumed = boost(settings_of(folder, *words, f"run.dir={tmp_path / 'killed'}"))
     assert (tmp_path / "killed/folds/fold0.json").stat().st_mtime_ns == kept
     straight = boost(settings_of(folder, *words, f"run.dir={tmp_path / 'straight'}"))
-    suffix = boosting.LIBRARIES[library].suffix
+    suffix = boosters.LIBRARIES[library].suffix
     for name in ["oof.parquet", "importance.csv", *(f"folds/fold{number}{suffix}" for number in range(5))]:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     assert {**resumed, "clock": None} == {**straight, "clock": None}
@@ -239,9 +239,9 @@ def test_a_trial_writes_nothing_prepares_once_and_can_be_pruned(folder, tmp_path
     table = script.boosting.config.module("data", "table").read(settings.data)
     told = []
     result = boost(settings, table, lambda round_, score: told.append((round_, score)), trial=True)
-    binned = next(iter(boosting.prepare(settings, table).binned.values()))
+    binned = next(iter(boost_data.prepare(settings, table).binned.values()))
     again = boost(settings_of(folder, f"boost.library={library}", "boost.params.max_depth=2"), table, None, trial=True)
-    assert next(iter(boosting.prepare(settings, table).binned.values())) is binned
+    assert next(iter(boost_data.prepare(settings, table).binned.values())) is binned
     assert set(result) == {"best", "step"}
     assert result["best"] != again["best"]
     assert told
@@ -263,7 +263,7 @@ def test_a_trial_scores_its_last_look_at_the_trees_without_another_prediction(fo
     settings = settings_of(folder, f"boost.library={library}", "boost.folds=3", "boost.patience=0", "boost.rounds=40")
     table = script.boosting.config.module("data", "table").read(settings.data)
     predicted = boost(settings, table, None, trial=True)
-    monkeypatch.delattr(boosting.LIBRARIES[library], "predict")
+    monkeypatch.delattr(boosters.LIBRARIES[library], "predict")
     seen = boost(settings, table, lambda *_: None, trial=True)
     assert seen == {"step": 40, "best": pytest.approx(predicted["best"], rel=1e-6)}
 
@@ -271,8 +271,8 @@ def test_a_trial_scores_its_last_look_at_the_trees_without_another_prediction(fo
 def test_folds_keep_classes_groups_and_time(folder):
     def folds(*overrides):
         settings = settings_of(folder, "boost.folds=4", *overrides)
-        data = boosting.prepare(settings)
-        return data.table, boosting.cut(settings, data)
+        data = boost_data.prepare(settings)
+        return data.table, boost_data.cut(settings, data)
 
     table, cut = folds()
     held = np.concatenate([rows_ for _, rows_ in cut])
@@ -305,7 +305,7 @@ def test_the_screen_keeps_what_tells_and_writes_a_config(folder, tmp_path, kind,
     assert {"a", "town"} <= set(passed) <= {"a", "town", "b b"}
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"screen.csv", "screen.png", "screen.toml"}
     settings = parse([folder / "boost.toml", tmp_path / "run/screen.toml"], [f"data.root={folder}", *TARGETS[kind]])
-    assert boosting.prepare(settings).names == passed
+    assert boost_data.prepare(settings).names == passed
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -358,7 +358,7 @@ def test_damaged_folds_and_other_data_are_refused(folder, tmp_path, library):
     rows(600, 9).to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(UserError, match="other data"):
         boost(settings)
-    model = tmp_path / "run/folds" / f"fold0{boosting.LIBRARIES[library].suffix}"
+    model = tmp_path / "run/folds" / f"fold0{boosters.LIBRARIES[library].suffix}"
     model.write_bytes(model.read_bytes()[:3000])
     with pytest.raises(UserError, match="damaged"):
         BoostPredictor(tmp_path / "run")

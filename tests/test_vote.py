@@ -8,7 +8,7 @@ import torch
 import commands
 import infer
 from boost import boost
-from engine import boosting
+from engine import boost_data
 from engine.boosting import BoostPredictor
 from engine.config import UserError
 from engine.settings import parse
@@ -100,9 +100,9 @@ def loss(mixed, truth, kind):
 
 def test_out_of_fold_predictions_are_of_boosters_that_did_not_see_the_row(folder):
     predictor = BoostPredictor(folder / "binary-xgboost")
-    data = boosting.prepare(predictor.settings)
+    data = boost_data.prepare(predictor.settings)
     held = pd.read_parquet(folder / "binary-xgboost/oof.parquet").set_index("row")
-    for number, (fit, rows_) in enumerate(boosting.cut(predictor.settings, data)):
+    for number, (fit, rows_) in enumerate(boost_data.cut(predictor.settings, data)):
         assert not set(fit) & set(rows_)
         np.testing.assert_array_equal(held.loc[rows_, "fold"], number)
         expected = predictor.library.predict(predictor.boosters[number], data.matrix[rows_])

@@ -1,0 +1,184 @@
+"""LightGBM and XGBoost by their native APIs."""
+
+import importlib
+import operator
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.boost_data import Data, Fold
+from engine.config import UserError
+from engine.settings import Settings
+
+
+class Library:
+    """What the two have in common. Raises UserError where the package is missing."""
+
+    package: str
+    failure: str
+    gpu: dict[str, str]
+    a_column: tuple[str, ...] = ()
+    objectives: dict[str, str]
+
+    def __init__(self, info: Any, names: list[str]):
+        try:
+            self.module = importlib.import_module(self.package)
+        except ImportError as error:
+            raise UserError(f'boost.library = "{self.package}": cannot be imported ({error}); pip install {self.package}') from None
+        plain = [re.sub(r"\W", "_", name) for name in names]  # neither takes every character in a column's name
+        self.names = plain if len(set(plain)) == len(plain) else [f"{name}_{place}" for place, name in enumerate(plain)]
+        self.info, self.error = info, operator.attrgetter(self.failure)(self.module)
+
+    def params(self, settings: Settings, **own: Any) -> dict[str, Any]:
+        if settings.boost.device == "gpu" and not torch.cuda.is_available():
+            raise UserError('boost.device = "gpu": there is no GPU here; set it to "cpu"')
+        classes = {"num_class": self.info.outputs} if self.info.kind == "multiclass" else {}
+        values = {"objective": self.objectives[self.info.kind], "seed": settings.run.seed % 2**31, **classes, **own}
+        values |= (self.gpu if settings.boost.device == "gpu" else {}) | settings.boost.params
+        for key in self.a_column:
+            if key in values and len(np.atleast_1d(values[key])) != len(self.names):  # LightGBM ends the process
+                raise UserError(f"boost.params.{key} = {values[key]}: needs a value for each of the {len(self.names)} features")
+        return values
+
+    def refuse(self, unknown: list[str]) -> None:
+        if unknown:
+            raise UserError(f"boost.params.{unknown[0]}: {self.package} has no such parameter for this task; correct its name or take it out")
+
+    def load(self, path: Path) -> Any:
+        return self.module.Booster(model_file=path)
+
+
+class LightGBM(Library):
+    package, suffix, failure, gpu = "lightgbm", ".txt", "basic.LightGBMError", {"device_type": "gpu"}
+    objectives = {kind: kind for kind in ("binary", "multiclass", "regression")}
+    a_column = ("monotone_constraints", "mc", "monotone_constraint", "feature_contri", "feature_contrib", "fc", "fp", "feature_penalty")
+    settled = re.compile("bin|seed|missing|sparse|bundle|min_data|min_child_s|min_samples|linear|pre_filter|device|force")
+    """parameters that binned rows depend on"""
+
+    def train(self, data: Data, fold: Fold, settings: Settings, watch: Any) -> tuple[Any, int]:
+        """A booster that predicts with its best round, and that round's number from 1.
+
+        After each round `watch(rounds done, metric, its validation value, -> its training value, -> validation predictions)`.
+        """
+        boost, target, said, kept, grown = settings.boost, data.table.target, [], {}, []
+        # Left alone, it times two ways to sum and takes the faster: other last digits on another day.
+        way = "force_row_wise" if len(self.names) <= 100 else "force_col_wise"
+        forced = {} if {"force_col_wise", "force_row_wise"} & boost.params.keys() else {way: True}
+        params = self.params(settings, verbosity=0, deterministic=True, **forced)
+        self.module.register_logger(SimpleNamespace(note=said.append), "note", "note")
+        key = repr((bool(boost.folds), {name: value for name, value in params.items() if self.settled.search(name)}))
+        if key not in data.binned:
+            rows, categories = data.table.rows["folds"] if boost.folds else fold[0], list(range(self.info.numeric, len(self.names)))
+            options = {"feature_name": self.names, "categorical_feature": categories, "params": params}
+            data.binned = {key: (rows, self.module.Dataset(data.matrix[rows], target[rows], weight=data.weights(rows, True), **options).construct())}
+        rows, whole = data.binned[key]
+        train = whole.subset(np.searchsorted(rows, fold[0])) if boost.folds else whole
+        valid = whole.create_valid(data.matrix[fold[1]], target[fold[1]], data.weights(fold[1]))
+
+        def keep(predictions: np.ndarray, _: Any) -> tuple[str, float, bool]:
+            kept["predictions"] = predictions
+            return "kept", 0.0, True
+
+        def predicted(booster: Any) -> np.ndarray:
+            booster.eval_valid(keep)  # as a metric of train(), keep() would be given predictions after each round
+            return kept["predictions"]
+
+        def after(env: Any) -> None:
+            if said:  # also a line for each tree that could not be split
+                self.refuse(re.findall(r"Unknown parameter: (\S+)", " ".join(said)))
+                said.clear()
+            if not env.evaluation_result_list:
+                raise UserError(f"boost.params.metric = {params.get('metric')!r}: lightgbm measures nothing by it; name one of its metrics")
+            metric, value = env.evaluation_result_list[0][1:3]
+            grown.append(env.model.current_iteration())  # fewer than rounds where one could not be split: its tree is taken away
+            watch(env.iteration + 1, metric, value, lambda: env.model.eval_train()[0][2], lambda: predicted(env.model))
+
+        stop = [self.module.early_stopping(boost.patience, first_metric_only=True, verbose=False)] if boost.patience else []
+        booster = self.module.train(params, train, boost.rounds, valid_sets=[valid], valid_names=["valid"], callbacks=[after, *stop])
+        best = booster.best_iteration if booster.best_iteration > 0 else len(grown)
+        booster.best_iteration = max(1, grown[best - 1])  # what it is written and predicts with
+        return booster, best
+
+    def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False) -> np.ndarray:
+        return booster.predict(matrix, raw_score=margin)
+
+    def importances(self, booster: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Gain and splits [features]."""
+        return booster.feature_importance("gain"), booster.feature_importance("split")
+
+    def contributions(self, booster: Any, matrix: np.ndarray) -> np.ndarray:
+        """Shapley contributions [n, (features + 1) x outputs]."""
+        try:
+            return booster.predict(matrix, pred_contrib=True)
+        except self.error:  # linear trees have none
+            return np.full((len(matrix), len(self.names) + 1), np.nan)
+
+
+class XGBoost(Library):
+    package, suffix, failure, gpu = "xgboost", ".ubj", "core.XGBoostError", {"device": "cuda"}
+    objectives = {"binary": "binary:logistic", "multiclass": "multi:softprob", "regression": "reg:squarederror"}
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        types = ["q"] * self.info.numeric + ["c"] * len(self.info.categories)
+        return {"feature_names": self.names, "feature_types": types, "enable_categorical": True}
+
+    def train(self, data: Data, fold: Fold, settings: Settings, watch: Any) -> tuple[Any, int]:
+        """As LightGBM's. Bins depend on a fold's training rows, so folds share none."""
+        params, boost = self.params(settings), settings.boost
+        if params.get("booster") == "dart" and boost.patience:
+            raise UserError('boost.params.booster = "dart": later trees change earlier ones, so no round is the best; set boost.patience = 0')
+        bins = {name: params[name] for name in params.keys() & {"max_bin"}}
+        key = str((boost.folds, bins))
+        if boost.folds or key not in data.binned:
+            sets: list[Any] = [None]
+            for rows, weights in zip(fold, (data.weights(fold[0], True), data.weights(fold[1])), strict=True):
+                own = {"label": data.table.target[rows], "weight": weights, **self.columns}
+                if boost.folds and self.info.categories and len(sets) > 1:
+                    # By the bins of a fold that lacks a category its rows would count as another's.
+                    sets.append(self.module.DMatrix(data.matrix[rows], **own))
+                else:
+                    sets.append(self.module.QuantileDMatrix(data.matrix[rows], ref=sets[-1], **bins, **own))
+            data.binned = {key: sets[1:]}
+        train, valid = data.binned[key]
+
+        def after(model: Any, epoch: int, log: Any) -> bool:
+            self.refuse(re.findall(r'Parameters: \{ "([^"]+)', " ".join(str(line.message) for line in caught)))
+            if "valid" not in log:
+                raise UserError(f"boost.params.eval_metric = {params.get('eval_metric')!r}: xgboost measures nothing by it; name one of its metrics")
+            metric, values = next(iter(log["valid"].items()))
+            # eval() says "[round]<tab>name:value<tab>name:value".
+            watch(epoch + 1, metric, values[-1], lambda: float(model.eval(train).split("\t")[1].rpartition(":")[2]), lambda: model.predict(valid))
+            return False
+
+        calls = [self.module.callback.TrainingCallback()]
+        calls[0].after_iteration = after
+        if boost.patience:
+            named = params.get("eval_metric")
+            first = named[0] if isinstance(named, list) and named else named or None
+            calls.append(self.module.callback.EarlyStopping(rounds=boost.patience, metric_name=first, data_name="valid"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            booster = self.module.train(params, train, boost.rounds, evals=[(valid, "valid")], verbose_eval=False, callbacks=calls)
+        best = booster.best_iteration + 1 if boost.patience else booster.num_boosted_rounds()
+        return booster[:best], best
+
+    def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False, **more: bool) -> np.ndarray:
+        return booster.predict(self.module.DMatrix(matrix, **self.columns), output_margin=margin, **more)
+
+    def importances(self, booster: Any) -> tuple[np.ndarray, np.ndarray]:
+        """As LightGBM's."""
+        found = [booster.get_score(importance_type=kind) for kind in ("total_gain", "weight")]
+        return tuple(np.array([scores.get(name, 0) for name in self.names]) for scores in found)
+
+    def contributions(self, booster: Any, matrix: np.ndarray) -> np.ndarray:
+        """As LightGBM's."""
+        return self.predict(booster, matrix, pred_contribs=True)
+
+
+LIBRARIES = {library.package: library for library in (LightGBM, XGBoost)}
