@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import boost_data, boosting, folder, metrics, page, process, report, screen, tracking
+from engine import boost_data, boost_report, boosting, folder, metrics, page, pictures, process, report, screen, tracking
 from engine.boost_data import Data, Fold, Part
 from engine.boosters import LIBRARIES
 from engine.boosting import BoostPredictor, fold_file
@@ -31,9 +31,6 @@ OnRound = Callable[[int, float], None]
 Log = Callable[[dict[str, Any]], None]
 EVERY = 20
 """rounds between looks at the training rows, lines of steps.jsonl and calls of on_round"""
-EXPLAINED, WORK = 1000, 20_000_000
-"""validation rows, over all folds, whose Shapley contributions are averaged; fewer where rows x splits would be more than WORK, some
-5 seconds: thousands of large trees took several times as long to explain as to grow"""
 
 
 def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = None, trial: bool = False) -> dict[str, Any]:
@@ -176,52 +173,17 @@ def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], track
     if "test" in table.rows:
         result["test"], predictions, target = predictor.score(Part(data, table.rows["test"]))
     result["clock"] = {"seconds": round(sum(record["clock"]["seconds"] for record in records), 3)}
-    draw_curves(records, run / "curves.png")
-    pictures = [run / "curves.png", run / report.draw_predictions(table.info, predictions, target, run), run / "importance.png"]
-    explained = importance(run, predictor, parts)
+    boost_report.draw_curves(records, run / "curves.png")
+    shown = [run / "curves.png", run / pictures.draw_predictions(table.info, predictions, target, run), run / "importance.png"]
+    explained = boost_report.importance(run, predictor, parts)
     folder.write_text(run / "result.json", json.dumps(result, indent=1))
-    tracker.conclude(len(folds) * settings.boost.rounds, {**result, "folds": len(folds)}, pictures, explained)
+    tracker.conclude(len(folds) * settings.boost.rounds, {**result, "folds": len(folds)}, shown, explained)
     page.write(run)
     for part, name in {"best": "valid", "spread": "spread", "test": "test"}.items():
         if part in result and (len(folds) > 1 or part != "spread"):
             process.say(f"{name}: {report.scores_text(result[part])}")
-    process.say(f"pictures {', '.join(map(str, pictures))}, all on {run}/report.html\nmodels {run}/folds")
+    process.say(f"pictures {', '.join(map(str, shown))}, all on {run}/report.html\nmodels {run}/folds")
     return result
-
-
-def importance(run: Path, predictor: BoostPredictor, parts: list[Part]) -> tuple[list[str], list[list[Any]]]:
-    """importance.csv and .png: gain, splits and mean |Shapley contribution| (Lundberg & Lee, 2017), the mean of folds. Returns the table."""
-    import pandas as pd
-
-    generator, found, data, explained = np.random.default_rng(0), [], parts[0].data, 0
-    for booster, part in zip(predictor.boosters, parts, strict=True):
-        gain, split = predictor.library.importances(booster)
-        count = min(EXPLAINED, WORK // max(1, int(split.sum()))) // len(parts)
-        some = np.sort(generator.permutation(part.rows)[: max(20, count)])
-        explained += len(some)
-        shares = predictor.library.contributions(booster, data.matrix[some])
-        found.append([gain, split, np.abs(shares.reshape(len(some), -1, len(data.names) + 1)[..., :-1]).mean(axis=(0, 1))])
-    table = pd.DataFrame(np.mean(found, axis=0).T, data.names, ["gain", "split", "shap"]).rename_axis("feature")
-    table = table.sort_values(["shap", "gain"], ascending=False)
-    folder.write_text(run / "importance.csv", table.to_csv())
-    shown = (table / table.sum()).set_axis(["gain", "splits", f"mean |SHAP| of {explained} rows"], axis=1)[:30][::-1]
-    drawing, axis = report.figure(7, 1.5 + 0.35 * len(shown))
-    shown.plot.barh(ax=axis, width=0.8, xlabel="share of all columns", ylabel="")
-    drawing.savefig(run / "importance.png")
-    return ["feature", *table], table.reset_index().to_numpy().tolist()
-
-
-def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
-    drawing, axis = report.figure()
-    for record in records:
-        color, best, valid = f"C{record['fold']}", record["best_round"], record["valid"]
-        axis.plot(range(1, len(valid) + 1), valid, color=color, label=f"fold {record['fold']}, best at {best}")
-        axis.plot([int(step) for step in record["train"]], record["train"].values(), "--", color=color, lw=1)
-        axis.plot(best, valid[best - 1], "o", mfc="none", ms=12, color=color)
-    axis.set(xlabel="round", ylabel=f"{records[0]['metric']} (dashed: training rows)")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    drawing.savefig(path)
 
 
 def main() -> None:

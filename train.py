@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from data import Info, Splits
-from engine import checkpoint, config, export, folder, losses, metrics, optim, order, page, process, report, strategy, tracking
+from engine import checkpoint, config, export, folder, losses, metrics, optim, order, page, pictures, process, report, strategy, tracking
 from engine.evaluate import Scorer, evaluate, to_device
 from engine.settings import Plan, Settings, command_line, parse, plan_of
 
@@ -234,8 +234,8 @@ def conclude(e: Experiment, run: Path, tracker: tracking.Tracker) -> dict[str, A
         lines = report.read_lines(run / "metrics.jsonl")
         best = next((line["valid"] for line in lines if line["step"] == step), {})
         result = {"best": best, split: scores, "step": step, "clock": lines[-1]["clock"] if lines else {}}
-        report.draw_curves(lines, metrics.best_rule(e.settings.task, e.info, e.model_file)[1], step, run / "curves.png")
-        picture = report.draw_predictions(e.info, predictions, target, run)
+        pictures.draw_curves(lines, metrics.best_rule(e.settings.task, e.info, e.model_file)[1], step, run / "curves.png")
+        picture = pictures.draw_predictions(e.info, predictions, target, run)
         folder.write_text(run / "result.json", json.dumps(result, indent=1))
         tracker.conclude(e.progress.step, result, [run / "curves.png", run / picture], report.prediction_table(e.info, predictions, target))
         page.write(run)

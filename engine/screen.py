@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import boost_data, folder, process, report, tracking
+from engine import boost_data, folder, pictures, process, tracking
 from engine.config import UserError, dump_toml
 from engine.settings import Settings
 
@@ -65,7 +65,7 @@ def test(column: np.ndarray, categorical: bool, target: np.ndarray, labels: bool
 
 def draw(table: Any, level: float, path: Path) -> None:
     shown = table[:60][::-1]
-    drawing, axis = report.figure(7, 1.5 + 0.25 * len(shown))
+    drawing, axis = pictures.figure(7, 1.5 + 0.25 * len(shown))
     # A p below what a float holds is drawn as that.
     axis.barh(shown["feature"], -np.log10(shown["corrected_p"].clip(1e-300)), color=np.where(shown["passes"], "C0", "lightgrey"))
     axis.axvline(-np.log10(level), color="black", lw=1, label=f"level {level:g}")

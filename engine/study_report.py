@@ -12,8 +12,9 @@ from engine import boost_data, process, search, tracking
 from engine.boosters import LIBRARIES
 from engine.config import UserError
 from engine.folder import write_text
-from engine.search import Search
 from engine.settings import Settings, replaced
+from engine.slots import Search
+from engine.study import open_study
 
 PICTURES = {
     "history": "plot_optimization_history",
@@ -147,7 +148,7 @@ def stepwise(settings: Settings, place: Path) -> None:
     params = {"metric": known.get(score, usual), **library.params(settings, verbosity=-1, deterministic=True, feature_pre_filter=False)}
     direction = "max" if params["metric"] in ("auc", "auc_mu", "average_precision", "map", "ndcg") else "min"
     settings = replaced(settings, {"task.best": f"{direction} {score}"})
-    study = search.open_study(settings, place, settings.run.seed)
+    study = open_study(settings, place, settings.run.seed)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
 

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 from torch import nn
 
-from engine import report
+from engine import pictures, report
 
 LINE = {"epoch": 1.5, "step": 3, "lr": 0.1, "train": {"loss": 0.5, "f1": 0.75}, "valid": {"loss": 0.25, "f1": 0.5}}
 CLOCK = {"clock": {"seconds": 1.0, "samples_per_second": 12345.6}}
@@ -107,7 +107,7 @@ def is_picture(path):
 def test_curves_are_drawn_also_of_one_evaluation_and_of_no_numbers(tmp_path, score, values):
     scores = [{"loss": value, "f1": value} for value in values]
     lines = [{"epoch": epoch, "step": epoch, "train": some, "valid": some} for epoch, some in enumerate(scores)]
-    report.draw_curves(lines, score, 2, tmp_path / "curves.png")
+    pictures.draw_curves(lines, score, 2, tmp_path / "curves.png")
     assert is_picture(tmp_path / "curves.png")
 
 
@@ -124,5 +124,5 @@ def test_curves_are_drawn_also_of_one_evaluation_and_of_no_numbers(tmp_path, sco
 )
 def test_predictions_are_drawn_by_the_kind_of_task(tmp_path, kind, labels, predictions, target, name):
     info = types.SimpleNamespace(kind=kind, labels=labels)
-    assert report.draw_predictions(info, np.array(predictions), np.array(target), tmp_path) == name
+    assert pictures.draw_predictions(info, np.array(predictions), np.array(target), tmp_path) == name
     assert is_picture(tmp_path / name)
