@@ -173,7 +173,7 @@ def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], track
     if "test" in table.rows:
         result["test"], predictions, target = predictor.score(Part(data, table.rows["test"]))
     result["clock"] = {"seconds": round(sum(record["clock"]["seconds"] for record in records), 3)}
-    boost_report.draw_curves(records, run / "curves.png")
+    boost_report.draw_rounds(records, run / "curves.png")
     shown = [run / "curves.png", run / pictures.draw_predictions(table.info, predictions, target, run), run / "importance.png"]
     explained = boost_report.importance(run, predictor, parts)
     folder.write_text(run / "result.json", json.dumps(result, indent=1))

@@ -26,8 +26,9 @@ import torch
 from engine import boost_data, config, process, search, study_report, tracking
 from engine.config import UserError
 from engine.settings import Settings, command_line, parse, plan_of, replaced
-from engine.slots import Search
-from engine.supervisor import lock, stop, supervise
+from engine.slots import Slots
+from engine.study import lock, rule
+from engine.supervisor import supervise
 
 ALONE = 60  # seconds after which a process that failed in a trial takes itself for the only one
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
@@ -39,7 +40,7 @@ def main() -> None:
     settings = parse(files, overrides)
     place = tracking.run_folder(settings, "tune")
     if settings.tune.method == "lightgbm-stepwise":
-        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGTERM, process.stop)
         return study_report.stepwise(settings, place)
     search.check_space(settings)
     if process.world_size() > 1:
@@ -82,7 +83,7 @@ class Trials:
 
     def run(self, settings: Settings, report: Report) -> dict[str, float]:
         """The best validation scores; `report(step, scores)` may raise TrialPruned."""
-        score = search.rule(settings)[1]
+        score = rule(settings)[1]
         if settings.tune.target == "boost":
             from boost import boost
 
@@ -102,7 +103,7 @@ class Trials:
         """
         from optuna import TrialPruned
 
-        score, last = search.rule(self.settings)[1], 0
+        score, last = rule(self.settings)[1], 0
         try:
             settings = replaced(self.settings, values | {"track.alerts": False})
             # All trials of a study form a group.
@@ -156,7 +157,7 @@ def pruned(trial: Any, step: int, score: float) -> bool:
 def work(settings: Settings, place: Path, number: int, begun: float) -> None:
     """One worker. The supervisor keeps as many trials waiting as are still wanted."""
     trials = Trials(settings)
-    found = Search(settings, place, begun, number)
+    found = Slots(settings, place, begun, number)
     while not found.over() and found.waiting():
         if (drawn := found.draw()) is None:
             continue
@@ -192,20 +193,20 @@ def work_together(settings: Settings, place: Path) -> None:
     held: dict[str, Any] = {}
 
     def begin() -> None:
-        held["owner"], held["search"] = lock(settings, place), Search(settings, place, time.time())
+        held["owner"], held["slots"] = lock(settings, place), Slots(settings, place, time.time())
 
     def draw() -> dict[str, Any] | None:
-        held["search"].top_up()
-        if held["search"].over() or not held["search"].waiting():
+        held["slots"].top_up()
+        if held["slots"].over() or not held["slots"].waiting():
             return None
-        held["trial"], values = held["search"].draw() or (None, {})
+        held["trial"], values = held["slots"].draw() or (None, {})
         return values
 
     def decide(step: int, score: float) -> None:
         if process.on_rank_zero(lambda: pruned(held["trial"], step, score)):
             raise TrialPruned
 
-    signal.signal(signal.SIGTERM, stop)  # between trials
+    signal.signal(signal.SIGTERM, process.stop)  # between trials
     process.on_rank_zero(begin)
     trials = Trials(settings)
     with tracking.Tracker(settings, place, "tune") as tracker:
@@ -215,12 +216,12 @@ def work_together(settings: Settings, place: Path) -> None:
                 if values:
                     folder = process.on_rank_zero(lambda: record_folder(settings, place, held["trial"]))
                     outcome = trials.attempt(values, decide, folder)
-                    process.on_rank_zero(lambda outcome=outcome: held["search"].tell(held["trial"], *outcome))
-                    process.on_rank_zero(lambda: print(held["search"].line(), flush=True))
+                    process.on_rank_zero(lambda outcome=outcome: held["slots"].tell(held["trial"], *outcome))
+                    process.on_rank_zero(lambda: print(held["slots"].line(), flush=True))
         finally:  # also where a signal ends it
-            if "search" in held:
-                study_report.conclude(held["search"], tracker)
-        process.on_rank_zero(lambda: held["search"].refuse_failures())
+            if "slots" in held:
+                study_report.conclude(held["slots"], tracker)
+        process.on_rank_zero(lambda: held["slots"].refuse_failures())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     make bench-tables
     python benchmarks/tables.py --only california --recipes lightgbm xgboost
-    python benchmarks/tables.py --only california --recipes tabm-full --seeds 0        hours without a GPU
+    python benchmarks/tables.py --only california --recipes tabm-full --seeds 0        an hour or more without a GPU
 
 Each recipe of conf/ is trained with several seeds, by the scripts, into a folder of its own under --runs, where finished runs are taken
 as they stand and others go on. The vote is of LightGBM over five folds, XGBoost and TabM, its weights fitted on validation rows. Then boosting

@@ -43,6 +43,7 @@ class Data:
 
     @functools.cached_property
     def checksum(self) -> int:
+        """Of matrix and target, made once."""
         return zlib.crc32(np.ascontiguousarray(self.table.target), zlib.crc32(np.ascontiguousarray(self.matrix)))
 
 

@@ -36,7 +36,8 @@ def importance(run: Path, predictor: BoostPredictor, parts: list[Part]) -> tuple
     return ["feature", *table], table.reset_index().to_numpy().tolist()
 
 
-def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
+def draw_rounds(records: list[dict[str, Any]], path: Path) -> None:
+    """Each fold's metric over rounds: validation, training dashed, a circle at the best."""
     drawing, axis = pictures.figure()
     for record in records:
         color, best, valid = f"C{record['fold']}", record["best_round"], record["valid"]

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves, confusion, residuals. matplotlib is imported when the first one is drawn."""
+"""Pictures: curves, predictions beside the truth, and the empty figure that others draw on. matplotlib is imported when the first one is drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path

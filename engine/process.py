@@ -30,6 +30,11 @@ class Stopped(Exception):
     """A signal asked for the end, and the state is saved. Exit status 143."""
 
 
+def stop(*_: Any) -> None:
+    """A handler of signals, where nothing is to be saved first."""
+    raise Stopped("stopped by a signal")
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 

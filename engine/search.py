@@ -10,14 +10,6 @@ from engine.settings import Settings, replaced
 RANGE_KEYS = {"low", "high", "log", "step"}
 
 
-def rule(settings: Settings) -> tuple[str, str]:
-    """("max" or "min", the score that decides). A study must know it before the first trial."""
-    if settings.task.best == "auto":
-        raise UserError('task.best = "auto": a search needs it by name, such as "max accuracy" or "min rmse"')
-    direction, score = settings.task.best.split()
-    return direction, score
-
-
 def check_space(settings: Settings) -> None:
     """Every key, range and choice, before the first trial. Raises UserError with a line for each mistake."""
     space, errors = settings.tune.space, []

@@ -44,7 +44,7 @@ def failed(trial: Any) -> bool:
     return trial.state.name == "FAIL" and ("reason" in trial.user_attrs or trial.user_attrs["try"] >= TRIES)
 
 
-class Search:
+class Slots:
     """A study, and the slots of its wanted trials.
 
     A slot is done when one trial of it has finished. Where two supervisors queue a trial for the same slot at once, the lower

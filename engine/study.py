@@ -1,17 +1,30 @@
-"""A study of Optuna: its sampler, its pruner and its storage."""
+"""A study of Optuna: its direction, sampler, pruner and storage, and its one owner."""
 
 import fcntl
 import inspect
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from engine import tracking
+from engine import process, tracking
 from engine.config import UserError, suggestion
-from engine.search import rule
 from engine.settings import Settings
+
+
+def rule(settings: Settings) -> tuple[str, str]:
+    """("max" or "min", the score that decides). A study must know it before the first trial."""
+    if settings.task.best == "auto":
+        raise UserError('task.best = "auto": a search needs it by name, such as "max accuracy" or "min rmse"')
+    direction, score = settings.task.best.split()
+    return direction, score
+
+
+def lock(settings: Settings, place: Path) -> Any:
+    """One supervisor a folder. Machines that share a storage by its URL may share the folder too."""
+    return process.lock(place / f".{socket.gethostname()}" if settings.tune.storage else place)
 
 
 def by_name(module: Any, key: str, name: str, options: dict[str, Any]) -> Any:

@@ -13,8 +13,8 @@ from engine.boosters import LIBRARIES
 from engine.config import UserError
 from engine.folder import write_text
 from engine.settings import Settings, replaced
-from engine.slots import Search
-from engine.study import open_study
+from engine.slots import Slots
+from engine.study import open_study, rule
 
 PICTURES = {
     "history": "plot_optimization_history",
@@ -24,7 +24,7 @@ PICTURES = {
 }
 
 
-def conclude(found: Search, tracker: tracking.Tracker) -> None:
+def conclude(found: Slots, tracker: tracking.Tracker) -> None:
     """Write what there is so far, also of a study that was cut short."""
     settings, place, study = found.settings, found.place, found.study
     # One that failed with neither a worker nor a reason lost its slot to another.
@@ -38,7 +38,7 @@ def conclude(found: Search, tracker: tracking.Tracker) -> None:
         write_best(values, settings, place)
         print(f"best {best.value:.6g} in trial {best.number}: {values}", flush=True)
         draw(study, place, len(finished), list(settings.tune.space))
-        tell(tracker, table, place, study, search.rule(settings)[1])
+        tell(tracker, table, place, study, rule(settings)[1])
     say_where(settings, place, bool(finished))
 
 
@@ -142,7 +142,7 @@ def stepwise(settings: Settings, place: Path) -> None:
     folds = boost_data.cut(settings, data)
     learned = np.unique(np.concatenate([part for fold in folds for part in fold]))
     library = LIBRARIES["lightgbm"](data.table.info, data.names)
-    kind, score = data.table.info.kind, search.rule(settings)[1]
+    kind, score = data.table.info.kind, rule(settings)[1]
     usual = {"binary": "binary_logloss", "multiclass": "multi_logloss", "regression": "rmse"}[kind]
     known = {"auroc": "auc" if kind == "binary" else "auc_mu", "mae": "l1", "accuracy": "binary_error" if kind == "binary" else "multi_error"}
     params = {"metric": known.get(score, usual), **library.params(settings, verbosity=-1, deterministic=True, feature_pre_filter=False)}

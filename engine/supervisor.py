@@ -6,32 +6,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from engine import process, study_report, tracking
 from engine.config import UserError
 from engine.settings import Settings
-from engine.slots import MOST_FAILURES, Search
+from engine.slots import MOST_FAILURES, Slots
+from engine.study import lock
 
-COMMAND = [sys.executable, *sys.argv]  # as it was typed: a tracker hides passwords in sys.argv while it starts
-
-
-def lock(settings: Settings, place: Path) -> Any:
-    """One supervisor a folder. Machines that share a storage by its URL may share the folder too."""
-    import socket
-
-    return process.lock(place / f".{socket.gethostname()}" if settings.tune.storage else place)
+# As it was typed, taken while this is imported: later a tracker hides passwords in sys.argv while it starts.
+COMMAND = [sys.executable, *sys.argv]
 
 
 def supervise(settings: Settings, place: Path) -> None:
     """Start workers, replace those that die, until the wanted number of trials has finished."""
     owner = lock(settings, place)  # noqa: F841, it lasts as long as this name
-    found = Search(settings, place, time.time())
+    found = Slots(settings, place, time.time())
     with tracking.Tracker(settings, place, "tune") as tracker:
         tracker.start()
-        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGTERM, process.stop)
         workers: dict[int, subprocess.Popen] = {}
         try:
             keep_working(found, workers)
@@ -46,11 +40,7 @@ def supervise(settings: Settings, place: Path) -> None:
         found.refuse_failures()
 
 
-def stop(*_: Any) -> None:
-    raise process.Stopped("stopped by a signal")
-
-
-def keep_working(found: Search, workers: dict[int, subprocess.Popen]) -> None:
+def keep_working(found: Slots, workers: dict[int, subprocess.Popen]) -> None:
     shown, deaths, done = "", 0, 0
     while True:
         deaths = count_deaths(workers, deaths)
@@ -88,7 +78,7 @@ def count_deaths(workers: dict[int, subprocess.Popen], deaths: int) -> int:
     return deaths
 
 
-def start_worker(found: Search, number: int) -> subprocess.Popen:
+def start_worker(found: Slots, number: int) -> subprocess.Popen:
     """A worker of its own GPU, or share of cores. It asks to die with this process, and hears no Ctrl-C of the terminal."""
     environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // found.settings.tune.workers)), **os.environ}
     environment.pop("WANDB_SERVICE", None)  # the supervisor's own, which would end with it

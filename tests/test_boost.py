@@ -18,6 +18,7 @@ import commands
 import infer
 from boost import boost
 from data import table
+from data.table import read
 from engine import boost_data, boosters, screen
 from engine.boosting import BoostPredictor
 from engine.config import UserError, dump_toml
@@ -236,7 +237,7 @@ def test_chosen_features_are_all_that_a_run_needs(folder, tmp_path):
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_trial_writes_nothing_prepares_once_and_can_be_pruned(folder, tmp_path, library):
     settings = settings_of(folder, f"boost.library={library}", "boost.folds=0")
-    table = script.boosting.config.module("data", "table").read(settings.data)
+    table = read(settings.data)
     told = []
     result = boost(settings, table, lambda round_, score: told.append((round_, score)), trial=True)
     binned = next(iter(boost_data.prepare(settings, table).binned.values()))
@@ -261,7 +262,7 @@ def test_a_trial_writes_nothing_prepares_once_and_can_be_pruned(folder, tmp_path
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_trial_scores_its_last_look_at_the_trees_without_another_prediction(folder, monkeypatch, library):
     settings = settings_of(folder, f"boost.library={library}", "boost.folds=3", "boost.patience=0", "boost.rounds=40")
-    table = script.boosting.config.module("data", "table").read(settings.data)
+    table = read(settings.data)
     predicted = boost(settings, table, None, trial=True)
     monkeypatch.delattr(boosters.LIBRARIES[library], "predict")
     seen = boost(settings, table, lambda *_: None, trial=True)
