@@ -175,10 +175,11 @@ def by_hand(library: str, settings: Any) -> tuple[float, list[int]]:
         import xgboost
 
         params = made.params(settings)
+        bins = {name: params[name] for name in params.keys() & {"max_bin"}}
         for fold, held in boost_data.cut(settings, data):
-            train_set = xgboost.QuantileDMatrix(data.matrix[fold], target[fold], **made.columns)
+            train_set = xgboost.QuantileDMatrix(data.matrix[fold], target[fold], **bins, **made.columns)
             # Where rows held out have categories that the others lack, the others' bins would do them wrong.
-            binned = (xgboost.DMatrix, {}) if data.table.info.categories else (xgboost.QuantileDMatrix, {"ref": train_set})
+            binned = (xgboost.DMatrix, {}) if data.table.info.categories else (xgboost.QuantileDMatrix, {"ref": train_set, **bins})
             valid = binned[0](data.matrix[held], target[held], **binned[1], **made.columns)
             stop = {"early_stopping_rounds": boost.patience, "verbose_eval": False}
             best.append(xgboost.train(params, train_set, boost.rounds, evals=[(valid, "valid")], **stop).best_iteration + 1)
@@ -219,6 +220,7 @@ def overhead(data: str, library: str, options: argparse.Namespace) -> dict[str, 
     pairs, ratios = pairs[1:], [ours / theirs for ours, theirs in pairs[1:]]  # the first imports the libraries
     ratio = statistics.median(ratios)
     line = {"data": data, "library": library, "rounds": options.rounds, "folds": 3, "ratio": ratio, "ratios": ratios}
+    print(f"{data} {library}: seconds beside by hand {ratio:.3f} ({' '.join(f'{one:.3f}' for one in ratios)})", flush=True)
     line |= {"boost_seconds": statistics.median(ours for ours, _ in pairs), "hand_seconds": statistics.median(theirs for _, theirs in pairs)}
     return line | {"whole_seconds": statistics.median(whole[1:]), "bar": BAR_SECONDS, "holds": ratio <= BAR_SECONDS}
 
