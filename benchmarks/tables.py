@@ -266,7 +266,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/bench-tables", help="folder of the run folders")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of tables.json and tables.md")
     options = parser.parse_args()
-    begun, words = time.perf_counter(), list(sys.argv[1:])
+    words, begun = list(sys.argv[1:]), time.perf_counter()
     for place in [place for place, word in enumerate(words) if word in ("--runs", "--results")][::-1]:  # where it is, is not what it is
         del words[place : place + 2]
     scored = [line for data in options.only for line in scores(data, options)]
