@@ -30,7 +30,7 @@ from engine.tensors import sha256
 OnRound = Callable[[int, float], None]
 Log = Callable[[dict[str, Any]], None]
 EVERY = 20
-"""rounds between looks at the training rows, lines of steps.jsonl and calls of on_round"""
+"""rounds between looks at the training rows and calls of on_round: either costs more than some rounds"""
 
 
 def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = None, trial: bool = False) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Watch:
     """What happens after each round of a fold: curves, journal, the bar or a line, the question whether to go on."""
 
     def __init__(self, settings: Settings, part: Part, number: int, on_round: OnRound | None, logs: list[Log], request: process.StopRequest):
-        """`logs` get a line each EVERY rounds. There are none in a trial, which is silent."""
+        """`logs` get a line each round. There are none in a trial, which is silent."""
         from tqdm import tqdm
 
         self.settings, self.part, self.number, self.on_round, self.logs, self.request = settings, part, number, on_round, logs, request
@@ -107,13 +107,14 @@ class Watch:
         self.bar.update()
         if self.request.asked:
             raise process.Stopped(f"stopped by a signal in {self.title}; the same command goes on from that fold's start")
+        step, line = self.number * self.settings.boost.rounds + rounds, {"fold": self.number, "round": rounds, "valid": {metric: value}}
+        if self.logs and rounds % EVERY == 0:
+            self.train[rounds] = train()
+            line["train"] = {metric: self.train[rounds]}
+        for log in self.logs:
+            log({"step": step, **line})
         if rounds % EVERY:
             return
-        step = self.number * self.settings.boost.rounds + rounds
-        if self.logs:
-            self.train[rounds] = train()
-        for log in self.logs:
-            log({"step": step, "fold": self.number, "round": rounds, "train": {metric: self.train[rounds]}, "valid": {metric: value}})
         if self.on_round:
             self.seen = rounds, predictions()
             self.on_round(step, boosting.score(self.scorer, self.part, self.seen[1])[self.decides])
@@ -177,7 +178,7 @@ def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], track
     shown = [run / "curves.png", run / pictures.draw_predictions(table.info, predictions, target, run), run / "importance.png"]
     explained = boost_report.importance(run, predictor, parts)
     folder.write_text(run / "result.json", json.dumps(result, indent=1))
-    tracker.conclude(len(folds) * settings.boost.rounds, {**result, "folds": len(folds)}, shown, explained)
+    tracker.conclude(len(folds) * settings.boost.rounds, {**result, "folds": len(folds)}, shown, ("features", *explained))
     page.write(run)
     for part, name in {"best": "valid", "spread": "spread", "test": "test"}.items():
         if part in result and (len(folds) > 1 or part != "spread"):

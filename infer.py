@@ -235,7 +235,7 @@ def main() -> None:
                 process.say(f"{options.input}: {report.scores_text(found['input'])}")
             process.say(f"predictions {options.output}")
         cells = [[part, score, value] for part, scores in found.items() for score, value in scores.items()]
-        tracker.conclude(0, found, [], (["part", "score", "value"], cells))
+        tracker.conclude(0, found, [], ("scores", ["part", "score", "value"], cells))
 
 
 def recorded(predictor: Any, script: str) -> tracking.Tracker:

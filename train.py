@@ -237,7 +237,8 @@ def conclude(e: Experiment, run: Path, tracker: tracking.Tracker) -> dict[str, A
         pictures.draw_curves(lines, metrics.best_rule(e.settings.task, e.info, e.model_file)[1], step, run / "curves.png")
         picture = pictures.draw_predictions(e.info, predictions, target, run)
         folder.write_text(run / "result.json", json.dumps(result, indent=1))
-        tracker.conclude(e.progress.step, result, [run / "curves.png", run / picture], report.prediction_table(e.info, predictions, target))
+        table = ("predictions", *report.prediction_table(e.info, predictions, target))
+        tracker.conclude(e.progress.step, result, [run / "curves.png", run / picture], table)
         page.write(run)
         if e.progress.step < e.total_steps:
             print(f"stopped early at step {e.progress.step}: {e.settings.train.patience} evaluations without an improvement")

@@ -22,6 +22,10 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 12
 """16-bit floating-point operations a second, dense, of devices by a part of their names"""
 
 
+Table = tuple[str, list[str], list[list[Any]]]
+"""name, columns, rows: for a tracker"""
+
+
 class Journal:
     """A file of one JSON object a line, cut back to a step when a run resumes, so that no line stands twice."""
 

@@ -47,7 +47,7 @@ def tell(tracker: tracking.Tracker, table: list[dict[str, Any]], place: Path, st
         tracker.log({"step": row["number"]} | {key: value for key, value in row.items() if key != "number"})
     pictures = [place / f"{name}.png" for name in PICTURES if (place / f"{name}.png").exists()]
     cells, best = [list(map(str, row.values())) for row in table], study.best_trial
-    tracker.conclude(table[-1]["number"], {"best": {score: best.value}, "step": best.number}, pictures, (list(table[0]), cells))
+    tracker.conclude(table[-1]["number"], {"best": {score: best.value}, "step": best.number}, pictures, ("trials", list(table[0]), cells))
 
 
 def say_where(settings: Settings, place: Path, best: bool) -> None:

@@ -105,14 +105,14 @@ class Wandb:
         if line["step"] not in self.seen:  # all of one step becomes one row, written when the next step comes
             self.run.log(row(line), step=line["step"])
 
-    def conclude(self, step: int, result: dict[str, Any], pictures: list[Path], table: tuple[list[str], list[list[Any]]]) -> None:
+    def conclude(self, step: int, result: dict[str, Any], pictures: list[Path], table: report.Table) -> None:
         import wandb
 
         run = Path(self.tracker.record["run_folder"])
         weights = str(run / "best" if (run / "best").exists() else run)
         self.run.summary.update(row(result) | {"best_step": result.get("step"), "weights": weights})
         try:
-            media = {picture.stem: wandb.Image(str(picture)) for picture in pictures} | {"predictions": wandb.Table(columns=table[0], data=table[1])}
+            media = {picture.stem: wandb.Image(str(picture)) for picture in pictures} | {table[0]: wandb.Table(columns=table[1], data=table[2])}
             self.run.summary.update(media) if step in self.seen else self.run.log(media, step=step)
         except Exception as error:  # a table asks the server before it goes
             warn("wandb has no pictures of this run", error)

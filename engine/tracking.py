@@ -169,8 +169,8 @@ class Tracker:
         """A line of steps.jsonl or metrics.jsonl."""
         self._tell("log", line)
 
-    def conclude(self, step: int, result: dict[str, Any], pictures: list[Path], table: tuple[list[str], list[list[Any]]]) -> None:
-        """The result at the last step: scores, pictures, and a table of columns' names and rows."""
+    def conclude(self, step: int, result: dict[str, Any], pictures: list[Path], table: report.Table) -> None:
+        """The result at the last step: scores, pictures, and a table."""
         self.news = "\n".join(
             f"{part}: {report.scores_text(scores)}" for part, scores in result.items() if part in ("best", "train", "valid", "test", "input")
         )

@@ -17,7 +17,7 @@ import pytest
 import commands
 import launch
 import servers
-from engine import tracking
+from engine import report, tracking
 from engine.settings import parse
 
 DIGITS = [commands.ROOT / "conf" / "digits.toml"]
@@ -79,7 +79,7 @@ def logged(run: Path) -> dict[int, dict[str, Any]]:
     """What the journals have, by step, under a tracker's names."""
     rows: dict[int, dict[str, Any]] = {}
     for name in ("steps.jsonl", "metrics.jsonl"):
-        for line in map(json.loads, (run / name).read_text().splitlines()):
+        for line in report.read_lines(run / name):
             parts = {f"{part}/{key}": value for part in ("train", "valid") if part in line for key, value in line[part].items()}
             rows.setdefault(line["step"], {}).update(parts | {key: line[key] for key in ("loss", "lr", "gradient_norm") if key in line})
     return rows
@@ -183,6 +183,24 @@ def test_from_the_record_to_the_checkpoint_and_back(tmp_path):
         assert len(list(path.parent.glob("files/media/images/*.png"))) == 2
         names.add((run.project, run.display_name, run.run_id))
     assert len({name for _, name, _ in names}) == len({run_id for *_, run_id in names}) == len(RUNS)
+
+
+def test_a_boosted_run_has_a_row_a_round_and_its_features(tmp_path):
+    run = tmp_path / "run"
+    words = ["boost.folds=2", "boost.rounds=25", "boost.patience=0", "boost.params.num_leaves=4", "data.dataset=wine", *TRACKED, f"run.dir={run}"]
+    commands.succeed("boost.py", "--config", DIGITS[0], *words, folder=tmp_path)
+    (path,) = offline(run)
+    rows = history([path])
+    once(rows, run)
+    assert [(row["fold"], row["round"]) for row in rows] == [(fold, round_) for fold in range(2) for round_ in range(1, 26)]
+    assert all("valid/multi_logloss" in row for row in rows)
+    assert [row["round"] for row in rows if "train/multi_logloss" in row] == [20, 20]
+    assert {"curves", "confusion", "importance", "features"} <= rows[-1].keys()
+    (table,) = path.parent.glob("files/media/table/features*.json")
+    columns, *features = (json.loads(table.read_text())[key] for key in ("columns", "data"))
+    assert columns == ["feature", "gain", "split", "shap"] and len(features[0]) == 13
+    _, config, summary = told(path)
+    assert summary["weights"] == summary["run_folder"] == str(run) and config["boost.params.num_leaves"] == 4
 
 
 def test_a_test_is_recorded_beside_its_run(tmp_path):
