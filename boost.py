@@ -21,23 +21,20 @@ import numpy as np
 
 from engine import boost_data, boost_report, boosting, folder, metrics, page, pictures, process, report, screen, tracking
 from engine.boost_data import Data, Fold, Part
+from engine.boost_report import OnRound, Watch
 from engine.boosters import LIBRARIES
 from engine.boosting import BoostPredictor, fold_file
 from engine.config import UserError
+from engine.prediction_files import columns, write_tables
 from engine.settings import Settings, command_line, parse
 from engine.tensors import sha256
-
-OnRound = Callable[[int, float], None]
-Log = Callable[[dict[str, Any]], None]
-EVERY = 20
-"""rounds between looks at the training rows and calls of on_round: either costs more than some rounds"""
 
 
 def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = None, trial: bool = False) -> dict[str, Any]:
     """Boost each fold, on from where the run folder stands. Returns what result.json holds.
 
     `splits` is the data file's `read(settings.data, settings.task.kind)`: read and binned once, however often this is called.
-    `on_round(round, score)` gets the validation score of task.best each EVERY rounds, counted on over folds, and may raise to
+    `on_round(round, score)` gets the validation score of task.best each boost_report.EVERY rounds, counted on over folds, and may raise to
     stop. A `trial` of a search has no run folder and gives the validation scores alone. Raises UserError, Stopped.
     """
     if process.world_size() > 1:
@@ -84,45 +81,6 @@ def folds_done(run: Path, data: Data, folds: list[Fold]) -> int:
     return len(folds)
 
 
-class Watch:
-    """What happens after each round of a fold: curves, journal, the bar or a line, the question whether to go on."""
-
-    def __init__(self, settings: Settings, part: Part, number: int, on_round: OnRound | None, logs: list[Log], request: process.StopRequest):
-        """`logs` get a line each round. There are none in a trial, which is silent."""
-        from tqdm import tqdm
-
-        self.settings, self.part, self.number, self.on_round, self.logs, self.request = settings, part, number, on_round, logs, request
-        self.metric, self.valid, self.train, self.begun = "", [], {}, time.perf_counter()
-        self.seen: tuple[int, np.ndarray | None] = (0, None)  # the round of the last look at validation predictions, and these
-        # Of the one score that decides, kept over the rounds: to make it anew takes longer than some rounds.
-        self.decides = metrics.best_rule(settings.task, part.data.table.info, boosting.own_metrics(settings))[1]
-        self.scorer = boosting.scorer_of(settings, part.data.table.info, [self.decides]) if on_round else None
-        self.title = f"fold {number + 1} of {settings.boost.folds or 1}"
-        silent = None if logs else True  # None: a bar on a terminal, plain lines elsewhere
-        self.bar = tqdm(total=settings.boost.rounds, desc=self.title, unit="round", disable=silent, leave=False, mininterval=0.5)
-
-    def __call__(self, rounds: int, metric: str, value: float, train: Callable[[], float], predictions: Callable[[], np.ndarray]) -> None:
-        self.metric = metric
-        self.valid.append(value)
-        self.bar.update()
-        if self.request.asked:
-            raise process.Stopped(f"stopped by a signal in {self.title}; the same command goes on from that fold's start")
-        step, line = self.number * self.settings.boost.rounds + rounds, {"fold": self.number, "round": rounds, "valid": {metric: value}}
-        if self.logs and rounds % EVERY == 0:
-            self.train[rounds] = train()
-            line["train"] = {metric: self.train[rounds]}
-        for log in self.logs:
-            log({"step": step, **line})
-        if rounds % EVERY:
-            return
-        if self.on_round:
-            self.seen = rounds, predictions()
-            self.on_round(step, boosting.score(self.scorer, self.part, self.seen[1])[self.decides])
-        self.bar.set_postfix({metric: f"{value:.5g}"}, refresh=False)
-        if self.logs and self.bar.disable and rounds % 500 == 0:
-            process.say(f"{self.title}  round {rounds}  {metric} {value:.5g}")
-
-
 def fit(library: Any, settings: Settings, data: Data, fold: Fold, watch: Watch) -> tuple[Any, int]:
     """The booster of a fold and its best round. Raises UserError where the library refuses its parameters."""
     try:
@@ -155,8 +113,6 @@ def over_folds(function: Callable[[list[float]], Any], scores: list[dict[str, fl
 
 def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], tracker: tracking.Tracker) -> dict[str, Any]:
     """Out-of-fold predictions, scores, importances and pictures, all from the model files as infer.py reads them."""
-    from infer import columns, write_tables
-
     predictor, table, parts = BoostPredictor(run), data.table, [Part(data, held) for _, held in folds]
     records = [json.loads(fold_file(run, number, ".json").read_text()) for number in range(len(folds))]
     predicted = [predictor.library.predict(booster, data.matrix[part.rows]) for booster, part in zip(predictor.boosters, parts, strict=True)]
@@ -165,7 +121,7 @@ def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], track
     rows, numbers = np.concatenate([part.rows for part in parts]), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     order = np.argsort(rows)
     ids = {settings.data.id: [table.ids[row] for row in rows[order]]} if table.ids else {}
-    out_of_fold = columns(predictor, np.concatenate(predicted)[order], logits=False)
+    out_of_fold = columns(table.info.labels, np.concatenate(predicted)[order], logits=False)
     write_tables(iter([ids | {"row": rows[order], "fold": numbers[order]} | out_of_fold]), run / "oof.parquet")
 
     rounds = [{"fold": record["fold"], "best_round": record["best_round"], "valid": valid} for record, valid in zip(records, scores, strict=True)]

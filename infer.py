@@ -23,6 +23,7 @@ import torch.distributed as dist
 from engine import checkpoint, config, evaluate, export, folder, metrics, process, report, settings, tracking, vote
 from engine.boosting import BoostPredictor
 from engine.config import UserError
+from engine.prediction_files import Saved, columns, write_tables
 
 BATCH = 1024  # rows in a batch at most, and at most four of the training's batches: a large model's activations must fit
 CHUNK = 65_536  # rows in memory at a time
@@ -99,23 +100,10 @@ def names(run: Path) -> str:
 def open_run(path: Path, device: torch.device, overrides: list[str], files: list[str] | None) -> Any:
     """A deep or boosted run, or a file of predictions that was made here."""
     if path.is_file():
-        return vote.Saved(path)
+        return Saved(path)
     if (path / "folds").is_dir():
         return BoostPredictor(path, overrides, files)
     return Predictor(path, device, overrides, files)
-
-
-def columns(predictor: Predictor, predictions: np.ndarray, logits: bool) -> dict[str, Any]:
-    """Predictions as columns of the output: the label's name and one column a class, or the value."""
-    labels = predictor.info.labels
-    if not labels:
-        return {"prediction": predictions}
-    if predictions.ndim == 1:  # binary: one logit; the other class's is zero
-        other = np.zeros_like(predictions) if logits else 1 - predictions
-        predictions = np.stack([other, predictions], axis=1)
-    word = "logit" if logits else "probability"
-    named = {f"{word}_{label}": predictions[:, place] for place, label in enumerate(labels)}
-    return {"prediction": [labels[place] for place in predictions.argmax(axis=1)], **named}
 
 
 def predict_file(predictor: Predictor, source: Path, target: Path | None, logits: bool) -> dict[str, float]:
@@ -128,35 +116,10 @@ def predict_file(predictor: Predictor, source: Path, target: Path | None, logits
             if number == 0 and named and named not in rows.ids:
                 process.say(f"warning: {source}: has no column {named!r} (data.id); rows are numbered instead")
             scorer = scorer or (predictor.scorer() if rows.labelled else None)
-            yield rows.ids | columns(predictor, predictor.predict(rows.dataset, logits, scorer), logits)
+            yield rows.ids | columns(predictor.info.labels, predictor.predict(rows.dataset, logits, scorer), logits)
 
     write_tables(tables(), target if process.rank() == 0 else None)
     return scorer.compute() if scorer else {}
-
-
-def write_tables(tables: Iterator[dict[str, Any]], target: Path | None) -> None:
-    """CSV or Parquet by the ending, a chunk at a time; the file appears whole or not at all. Without a target all is only computed."""
-    import pyarrow as pa
-    from pyarrow import csv, parquet
-
-    if target is None:
-        for _ in tables:
-            pass
-        return
-    aside, writer = target.with_name(f".{target.name}.tmp"), None
-    try:
-        for columns_ in tables:
-            table = pa.table(columns_)
-            writer = writer or (parquet.ParquetWriter if target.suffix == ".parquet" else csv.CSVWriter)(aside, table.schema)
-            writer.write_table(table)
-        if writer:
-            writer.close()
-            os.replace(aside, target)
-    except OSError as error:
-        raise UserError(f"--output {target}: cannot be written: {error.strerror or error}") from None
-    finally:
-        if aside.exists():
-            aside.unlink()
 
 
 def start_processes() -> torch.device:

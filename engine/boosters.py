@@ -1,9 +1,12 @@
 """LightGBM and XGBoost by their native APIs."""
 
+import contextlib
 import importlib
 import operator
+import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +56,19 @@ class Library:
         return self.module.Booster(model_file=path)
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """LightGBM writes the reason to the terminal's descriptor, past every logger, before it raises."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 class LightGBM(Library):
     package, suffix, failure, gpu = "lightgbm", ".txt", "basic.LightGBMError", {"device_type": "gpu"}
     objectives = {kind: kind for kind in ("binary", "multiclass", "regression")}
@@ -75,10 +91,14 @@ class LightGBM(Library):
         if key not in data.binned:
             rows, categories = data.table.rows["folds"] if boost.folds else fold[0], list(range(self.info.numeric, len(self.names)))
             options = {"feature_name": self.names, "categorical_feature": categories, "params": params}
-            data.binned = {key: (rows, self.module.Dataset(data.matrix[rows], target[rows], weight=data.weights(rows, True), **options).construct())}
+            binned = self.module.Dataset(data.matrix[rows], target[rows], weight=data.weights(rows, True), **options)
+            with silent():
+                data.binned = {key: (rows, binned.construct())}
         rows, whole = data.binned[key]
         train = whole.subset(np.searchsorted(rows, fold[0])) if boost.folds else whole
         valid = whole.create_valid(data.matrix[fold[1]], target[fold[1]], data.weights(fold[1]))
+        with silent():  # what it refuses, it refuses here
+            self.module.Booster(params, train)
 
         def keep(predictions: np.ndarray, _: Any) -> tuple[str, float, bool]:
             kept["predictions"] = predictions

@@ -19,7 +19,7 @@ import infer
 from boost import boost
 from data import table
 from data.table import read
-from engine import boost_data, boosters, screen
+from engine import boost_data, boost_report, boosters, screen
 from engine.boosting import BoostPredictor
 from engine.config import UserError, dump_toml
 from engine.settings import parse
@@ -246,7 +246,7 @@ def test_a_trial_writes_nothing_prepares_once_and_can_be_pruned(folder, tmp_path
     assert set(result) == {"best", "step"}
     assert result["best"] != again["best"]
     assert told
-    assert all(round_ % script.EVERY == 0 and 0.5 < score < 1 for round_, score in told)
+    assert all(round_ % boost_report.EVERY == 0 and 0.5 < score < 1 for round_, score in told)
     assert not (tmp_path / "runs").exists()
 
     class Pruned(Exception):
@@ -418,8 +418,8 @@ def test_each_mistake_is_one_line_and_status_2(folder):
     lines = [[*common, *mistake.split(" "), *([drop] if "data.group" in mistake else [])] for mistake in MISTAKES]
     for (mistake, words), ended in zip(MISTAKES.items(), commands.many(lines, folder), strict=True):
         assert ended.status == 2, (mistake, ended.text)
-        said = [line for line in ended.errors.splitlines() if line.startswith("error: ")]
-        assert len(said) == 1, (mistake, ended.errors)
+        said = ended.errors.splitlines()
+        assert len(said) == 1 and said[0].startswith("error: "), (mistake, ended.errors)
         assert all(word in said[0] for word in words), (mistake, said)
         assert "Traceback" not in ended.text
 
