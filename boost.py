@@ -107,6 +107,10 @@ def keep(run: Path, watch: Watch, library: Any, booster: Any, step: int, mark: s
     process.say(f"{watch.title}  best at round {step} of {len(watch.valid)}: {watch.metric} {watch.valid[step - 1]:.6g}  {seconds} s")
 
 
+def deviation(values: list[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
 def over_folds(function: Callable[[list[float]], Any], scores: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(function([fold[name] for fold in scores])) for name in scores[0]}
 
@@ -125,7 +129,7 @@ def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], track
     write_tables(iter([ids | {"row": rows[order], "fold": numbers[order]} | out_of_fold]), run / "oof.parquet")
 
     rounds = [{"fold": record["fold"], "best_round": record["best_round"], "valid": valid} for record, valid in zip(records, scores, strict=True)]
-    result = {"best": over_folds(np.mean, scores), "spread": over_folds(np.std, scores), "folds": rounds}
+    result = {"best": over_folds(np.mean, scores), "spread": over_folds(deviation, scores), "folds": rounds}
     predictions, target = np.concatenate(predicted), table.target[rows]
     if "test" in table.rows:
         result["test"], predictions, target = predictor.score(Part(data, table.rows["test"]))

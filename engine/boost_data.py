@@ -114,6 +114,8 @@ def cut(settings: Settings, data: Data) -> list[Fold]:
     """The folds. Raises UserError where they cannot be cut."""
     table, count, split = data.table, settings.boost.folds, settings.boost.split
     if not count:
+        if split != "auto":
+            raise UserError(f'boost.split = "{split}": says how folds are cut, and there are none; set boost.folds, or leave it out')
         return [(table.rows["train"], table.rows["valid"])]
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, TimeSeriesSplit
 
@@ -128,6 +130,8 @@ def cut(settings: Settings, data: Data) -> list[Fold]:
     if split == "group" and groups is None:
         raise UserError('boost.split = "group": needs data.group, the column of which equal values stay in one fold')
     if split == "time":
+        if "test" in getattr(settings.data, "fractions", dict)():
+            raise UserError('boost.split = "time": the test part is drawn from all times; name a file in data.test, or set data.test_fraction = 0')
         splitter, most, what = TimeSeriesSplit, len(rows) - 1, "rows after the first"
     elif split == "group":
         largest = np.unique(target, return_counts=True)[1].max()

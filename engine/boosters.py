@@ -15,45 +15,8 @@ import numpy as np
 import torch
 
 from engine.boost_data import Data, Fold
-from engine.config import UserError
+from engine.config import UserError, suggestion
 from engine.settings import Settings
-
-
-class Library:
-    """What the two have in common. Raises UserError where the package is missing."""
-
-    package: str
-    failure: str
-    gpu: dict[str, str]
-    a_column: tuple[str, ...] = ()
-    objectives: dict[str, str]
-
-    def __init__(self, info: Any, names: list[str]):
-        try:
-            self.module = importlib.import_module(self.package)
-        except ImportError as error:
-            raise UserError(f'boost.library = "{self.package}": cannot be imported ({error}); pip install {self.package}') from None
-        plain = [re.sub(r"\W", "_", name) for name in names]  # neither takes every character in a column's name
-        self.names = plain if len(set(plain)) == len(plain) else [f"{name}_{place}" for place, name in enumerate(plain)]
-        self.info, self.error = info, operator.attrgetter(self.failure)(self.module)
-
-    def params(self, settings: Settings, **own: Any) -> dict[str, Any]:
-        if settings.boost.device == "gpu" and not torch.cuda.is_available():
-            raise UserError('boost.device = "gpu": there is no GPU here; set it to "cpu"')
-        classes = {"num_class": self.info.outputs} if self.info.kind == "multiclass" else {}
-        values = {"objective": self.objectives[self.info.kind], "seed": settings.run.seed % 2**31, **classes, **own}
-        values |= (self.gpu if settings.boost.device == "gpu" else {}) | settings.boost.params
-        for key in self.a_column:
-            if key in values and len(np.atleast_1d(values[key])) != len(self.names):  # LightGBM ends the process
-                raise UserError(f"boost.params.{key} = {values[key]}: needs a value for each of the {len(self.names)} features")
-        return values
-
-    def refuse(self, unknown: list[str]) -> None:
-        if unknown:
-            raise UserError(f"boost.params.{unknown[0]}: {self.package} has no such parameter for this task; correct its name or take it out")
-
-    def load(self, path: Path) -> Any:
-        return self.module.Booster(model_file=path)
 
 
 @contextlib.contextmanager
@@ -69,10 +32,62 @@ def silent() -> Iterator[None]:
         os.close(nowhere)
 
 
+class Library:
+    """What the two have in common. Raises UserError where the package is missing."""
+
+    package: str
+    failure: str
+    gpu: dict[str, str]
+    a_column: set[str]
+    """parameters of a value for each feature"""
+    objectives: dict[str, str]
+
+    def __init__(self, info: Any, names: list[str]):
+        try:
+            self.module = importlib.import_module(self.package)
+        except ImportError as error:
+            raise UserError(f'boost.library = "{self.package}": cannot be imported ({error}); pip install {self.package}') from None
+        plain = [re.sub(r"\W", "_", name) for name in names]  # neither takes every character in a column's name
+        self.names = plain if len(set(plain)) == len(plain) else [f"{name}_{place}" for place, name in enumerate(plain)]
+        self.named = dict(zip(names, self.names, strict=True))
+        self.info, self.error = info, operator.attrgetter(self.failure)(self.module)
+
+    def params(self, settings: Settings, **own: Any) -> dict[str, Any]:
+        if settings.boost.device == "gpu" and not torch.cuda.is_available():
+            raise UserError('boost.device = "gpu": there is no GPU here; set it to "cpu"')
+        classes = {"num_class": self.info.outputs} if self.info.kind == "multiclass" else {}
+        values = {"objective": self.objectives[self.info.kind], "seed": settings.run.seed % 2**31, **classes, **own}
+        values |= (self.gpu if settings.boost.device == "gpu" else {}) | settings.boost.params
+        for key in self.a_column & values.keys():
+            given = values[key].split(",") if isinstance(values[key], str) else values[key]
+            if not isinstance(given, dict) and len(np.atleast_1d(given)) != len(self.names):  # LightGBM ends the process
+                raise UserError(f"boost.params.{key} = {values[key]}: needs a value for each of the {len(self.names)} features")
+        for key in ("booster", "boosting", "boosting_type", "boost"):
+            if values.get(key) == "dart" and settings.boost.patience:
+                raise UserError(f'boost.params.{key} = "dart": later trees change earlier ones, so no round is the best; set boost.patience = 0')
+        return values
+
+    @contextlib.contextmanager
+    def checking(self) -> Iterator[None]:
+        """Where parameters meet the library before it trains: its Python has no error of its own for what it cannot read."""
+        try:
+            with silent():
+                yield
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self.error(str(error)) from error
+
+    def refuse(self, unknown: list[str]) -> None:
+        if unknown:
+            raise UserError(f"boost.params.{unknown[0]}: {self.package} has no such parameter for this task; correct its name or take it out")
+
+    def load(self, path: Path) -> Any:
+        return self.module.Booster(model_file=path)
+
+
 class LightGBM(Library):
     package, suffix, failure, gpu = "lightgbm", ".txt", "basic.LightGBMError", {"device_type": "gpu"}
     objectives = {kind: kind for kind in ("binary", "multiclass", "regression")}
-    a_column = ("monotone_constraints", "mc", "monotone_constraint", "feature_contri", "feature_contrib", "fc", "fp", "feature_penalty")
+    a_column = {"monotone_constraints", "mc", "monotone_constraint", "feature_contri", "feature_contrib", "fc", "fp", "feature_penalty"}
     settled = re.compile("bin|seed|missing|sparse|bundle|min_data|min_child_s|min_samples|linear|pre_filter|device|force")
     """parameters that binned rows depend on"""
 
@@ -92,12 +107,12 @@ class LightGBM(Library):
             rows, categories = data.table.rows["folds"] if boost.folds else fold[0], list(range(self.info.numeric, len(self.names)))
             options = {"feature_name": self.names, "categorical_feature": categories, "params": params}
             binned = self.module.Dataset(data.matrix[rows], target[rows], weight=data.weights(rows, True), **options)
-            with silent():
+            with self.checking():
                 data.binned = {key: (rows, binned.construct())}
         rows, whole = data.binned[key]
         train = whole.subset(np.searchsorted(rows, fold[0])) if boost.folds else whole
         valid = whole.create_valid(data.matrix[fold[1]], target[fold[1]], data.weights(fold[1]))
-        with silent():  # what it refuses, it refuses here
+        with self.checking():
             self.module.Booster(params, train)
 
         def keep(predictions: np.ndarray, _: Any) -> tuple[str, float, bool]:
@@ -142,30 +157,52 @@ class LightGBM(Library):
 class XGBoost(Library):
     package, suffix, failure, gpu = "xgboost", ".ubj", "core.XGBoostError", {"device": "cuda"}
     objectives = {"binary": "binary:logistic", "multiclass": "multi:softprob", "regression": "reg:squarederror"}
+    a_column = {"monotone_constraints"}
 
     @property
     def columns(self) -> dict[str, Any]:
         types = ["q"] * self.info.numeric + ["c"] * len(self.info.categories)
         return {"feature_names": self.names, "feature_types": types, "enable_categorical": True}
 
+    def params(self, settings: Settings, **own: Any) -> dict[str, Any]:
+        """With a table's names of columns as the library knows them."""
+        values = super().params(settings, **own)
+        if values.get("booster") == "gblinear":
+            raise UserError('boost.params.booster = "gblinear": grows no trees; use "gbtree" or "dart"')
+        if isinstance(limits := values.get("monotone_constraints"), dict):
+            values["monotone_constraints"] = {self.column("monotone_constraints", name): limit for name, limit in limits.items()}
+        elif isinstance(limits, list):
+            values["monotone_constraints"] = tuple(limits)
+        if isinstance(groups := values.get("interaction_constraints"), list):
+            values["interaction_constraints"] = [[self.column("interaction_constraints", name) for name in group] for group in groups]
+        return values
+
+    def column(self, key: str, name: str | int) -> str:
+        if isinstance(name, int) and 0 <= name < len(self.names):
+            return self.names[name]
+        if name not in self.named:
+            raise UserError(f"boost.params.{key}: there is no feature {name!r}{suggestion(str(name), list(self.named))}")
+        return self.named[name]
+
     def train(self, data: Data, fold: Fold, settings: Settings, watch: Any) -> tuple[Any, int]:
         """As LightGBM's. Bins depend on a fold's training rows, so folds share none."""
-        params, boost = self.params(settings), settings.boost
-        if params.get("booster") == "dart" and boost.patience:
-            raise UserError('boost.params.booster = "dart": later trees change earlier ones, so no round is the best; set boost.patience = 0')
+        params, boost, stops = self.params(settings), settings.boost, []
         bins = {name: params[name] for name in params.keys() & {"max_bin"}}
-        key = str((boost.folds, bins))
+        # The other tree methods look at the values themselves.
+        binned = self.module.QuantileDMatrix if params.get("tree_method", "auto") in ("auto", "hist") else self.module.DMatrix
+        key = str((boost.folds, bins, binned))
         if boost.folds or key not in data.binned:
             sets: list[Any] = [None]
             for rows, weights in zip(fold, (data.weights(fold[0], True), data.weights(fold[1])), strict=True):
                 own = {"label": data.table.target[rows], "weight": weights, **self.columns}
-                if boost.folds and self.info.categories and len(sets) > 1:
-                    # By the bins of a fold that lacks a category its rows would count as another's.
-                    sets.append(self.module.DMatrix(data.matrix[rows], **own))
-                else:
-                    sets.append(self.module.QuantileDMatrix(data.matrix[rows], ref=sets[-1], **bins, **own))
+                # By the bins of a fold that lacks a category its rows would count as another's.
+                plain = binned is self.module.DMatrix or (boost.folds and self.info.categories and len(sets) > 1)
+                with self.checking():
+                    sets.append(self.module.DMatrix(data.matrix[rows], **own) if plain else binned(data.matrix[rows], ref=sets[-1], **bins, **own))
             data.binned = {key: sets[1:]}
         train, valid = data.binned[key]
+        with self.checking():
+            self.module.Booster(params, [train, valid])
 
         def after(model: Any, epoch: int, log: Any) -> bool:
             self.refuse(re.findall(r'Parameters: \{ "([^"]+)', " ".join(str(line.message) for line in caught)))
@@ -174,17 +211,15 @@ class XGBoost(Library):
             metric, values = next(iter(log["valid"].items()))
             # eval() says "[round]<tab>name:value<tab>name:value".
             watch(epoch + 1, metric, values[-1], lambda: float(model.eval(train).split("\t")[1].rpartition(":")[2]), lambda: model.predict(valid))
-            return False
+            if boost.patience and not stops:  # made here, since only now it is known what the library calls the first metric
+                stops.append(self.module.callback.EarlyStopping(rounds=boost.patience, metric_name=metric, data_name="valid"))
+            return bool(stops) and stops[0].after_iteration(model, epoch, log)
 
-        calls = [self.module.callback.TrainingCallback()]
-        calls[0].after_iteration = after
-        if boost.patience:
-            named = params.get("eval_metric")
-            first = named[0] if isinstance(named, list) and named else named or None
-            calls.append(self.module.callback.EarlyStopping(rounds=boost.patience, metric_name=first, data_name="valid"))
+        call = self.module.callback.TrainingCallback()
+        call.after_iteration = after
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            booster = self.module.train(params, train, boost.rounds, evals=[(valid, "valid")], verbose_eval=False, callbacks=calls)
+            booster = self.module.train(params, train, boost.rounds, evals=[(valid, "valid")], verbose_eval=False, callbacks=[call])
         best = booster.best_iteration + 1 if boost.patience else booster.num_boosted_rounds()
         return booster[:best], best
 

@@ -1,5 +1,6 @@
 """Soft voting: predictions of several runs for the same rows, averaged with weights."""
 
+import filecmp
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from engine import boosting, evaluate, metrics, process
 from engine.config import UserError
-from engine.prediction_files import Saved
+from engine.prediction_files import Saved, texts_of
 
 
 class Vote:
@@ -54,24 +55,29 @@ class Vote:
             return None
         truth, ids = self.targets(sets, self.first), {"row": range(len(sets[self.first]))}
         if any(isinstance(member, Saved) and "row" not in member.ids for member in self.members):
-            ids |= self.ids_of(part)
+            ids |= ids_of(self.members[self.first], part)
         for place, member in enumerate(self.members):
             if isinstance(member, Saved):
                 count, same = len(member.values), member.holds(ids, slice(None), len(truth))
             else:
-                count, drawn = len(sets[place]), cut_by(member.settings, part) == cut_by(self.settings, part)
+                count, drawn = len(sets[place]), self.draws_alike(member, part)
                 same = drawn and count == len(truth) and np.allclose(self.targets(sets, place), truth, rtol=1e-4, atol=1e-6)
             if not same:
-                raise UserError(f"{member.path}: its {count} {part} rows are not the {len(truth)} of {self.path}, or in another order")
+                what = f"its {count} {part} rows are not the {len(truth)} of {self.path}, or in another order"
+                raise UserError(f"{member.path}: {what}; runs that vote need the same files, or data.id to tell rows by")
         return sets
 
-    def ids_of(self, part: str) -> dict[str, list]:
-        """The id columns of a part that is a file. Raises UserError for one that was cut off another."""
-        data = self.settings.data
-        if not getattr(data, part, ""):
-            raise UserError(f"{self.path}: its {part} rows were cut off data.train, so saved predictions with ids cannot be compared; give the run")
-        chunks = [chunk.ids for chunk in self.members[self.first].read(data.path(getattr(data, part)), 65_536)]
-        return {name: [value for ids in chunks for value in ids[name]] for name in chunks[0]}
+    def draws_alike(self, member: Any, part: str) -> bool:
+        """Whether a run has the rows of the first one: of the same file, cut off it alike; or, in another file, with the same data.id."""
+        mine, theirs = self.settings.data, member.settings.data
+        name = part if getattr(mine, part, "") else "train"
+        if cut_by(member.settings, part) != cut_by(self.settings, part):
+            return False
+        files = [getattr(data, name, "") for data in (mine, theirs)]
+        if not any(files) or same_file(mine.path(files[0]), theirs.path(files[1])):  # no file: it comes with a package
+            return True
+        told = getattr(mine, "id", "") and mine.id == getattr(theirs, "id", "")
+        return name == part and bool(told) and ids_of(member, part) == ids_of(self.members[self.first], part)
 
     def read(self, source: Path, count: int) -> Iterator[Any]:
         """A file to predict, in chunks, beside the same rows of saved predictions. Raises UserError where rows are others."""
@@ -153,13 +159,26 @@ class Vote:
         process.say(f"valid loss {loss(self.weights):.6g}  --weights {' '.join(f'{weight:g}' for weight in self.weights)}")
 
 
+def ids_of(run: Any, part: str) -> dict[str, list[str]]:
+    """The id columns, as texts, of a part that is a file. Raises UserError for one that was cut off another."""
+    data = run.settings.data
+    if not getattr(data, part, ""):
+        raise UserError(f"{run.path}: its {part} rows were cut off data.train, so saved predictions with ids cannot be compared; give the run")
+    chunks = [chunk.ids for chunk in run.read(data.path(getattr(data, part)), 65_536)]
+    return {name: texts_of([value for ids in chunks for value in ids[name]]) for name in chunks[0]}
+
+
+def same_file(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve() or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
+
+
 def cut_by(settings: Any, part: str) -> dict[str, Any]:
     """What chose the rows of a part that was cut off the training file; {} of one with a file of its own."""
     data = settings.data
     shares = data.fractions() if hasattr(data, "fractions") else {}
     if part not in shares and not (part == "train" and shares):
         return {}
-    keys = ["train", "target", "group", "split_seed", *(["balance"] if part == "train" else [])]
+    keys = ["target", "group", "split_seed", *(["balance"] if part == "train" else [])]
     return shares | {key: getattr(data, key, None) for key in keys}
 
 

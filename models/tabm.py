@@ -31,7 +31,7 @@ class Config(ModelConfig):
     """embeddings of numbers: none, piecewise-linear between quantiles, or periodic"""
     embedding: int = Field(16, ge=1)
     """size of a number's embedding"""
-    bins: int = Field(48, ge=2)
+    bins: int = Field(48, ge=2, le=256)
     """most pieces of a piecewise-linear embedding"""
     frequencies: int = Field(48, ge=1)
     """waves of a periodic embedding"""
@@ -54,8 +54,10 @@ class Model(nn.Module):
         shape = {"n_blocks": config.depth, "d_block": config.width, "dropout": config.dropout, "k": config.members, "arch_type": config.architecture}
         columns = {"n_num_features": info.numeric, "num_embeddings": embeddings, "cat_cardinalities": info.categories}
         self.net = TabM.make(**columns, **shape, d_out=info.outputs)
-        # As in the authors' recipe, the linear part of an embedding is not decayed; its pieces are.
-        self.not_decayed = {name for name, _ in self.named_parameters() if name.startswith("net.num_module.linear0.")}
+        # As in the authors' recipe: neither biases, which have a row for each member here, nor the frequencies of periodic
+        # embeddings, nor the linear part of piecewise ones.
+        plain = ("net.num_module.periodic.", "net.num_module.linear0.")
+        self.not_decayed = {name for name, _ in self.named_parameters() if name.endswith(".bias") or name.startswith(plain)}
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Training: every member's output, [b, members] or [b, members, classes]. Else one logit or value a row, as other models."""

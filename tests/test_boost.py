@@ -395,6 +395,16 @@ MISTAKES = {
     "boost.params.objective=regression": ("boost.params.objective", "no probabilities"),
     "boost.params.monotone_constraints=[1]": ("monotone_constraints", "5 features"),
     "boost.library=xgboost boost.params.booster=dart": ("dart", "boost.patience"),
+    "boost.params.boosting_type=dart": ("boosting_type", "dart", "boost.patience"),
+    "boost.library=xgboost boost.params.booster=gblinear": ("gblinear", "no trees"),
+    "boost.params.max_depth={a=1}": ("lightgbm refuses", "max_depth"),
+    "boost.library=xgboost boost.params.monotone_constraints=[1]": ("monotone_constraints", "5 features"),
+    "boost.library=xgboost boost.params.monotone_constraints={zzz=1}": ("monotone_constraints", "'zzz'", "known"),
+    'boost.library=xgboost boost.params.interaction_constraints=[["a","agee"]]': ("interaction_constraints", "did you mean age?"),
+    "boost.library=xgboost boost.params.max_bin=many": ("xgboost refuses", "many"),
+    "boost.split=time": ("boost.split", "boost.folds"),
+    "boost.folds=3 boost.split=time data.test=": ("boost.split", "data.test_fraction = 0"),
+    "data.target=three data.drop=[] boost.params.objective=multiclassova": ("boost.params.objective", "no probabilities"),
     "boost.library=xgboost boost.params.disable_default_eval_metric=1": ("eval_metric",),
     "boost.library=xgboost boost.params.objective=binary:logitraw": ("boost.params.objective", "no probabilities"),
     "data.id=row": ("data.id = 'row'",),
@@ -422,6 +432,29 @@ def test_each_mistake_is_one_line_and_status_2(folder):
         assert len(said) == 1 and said[0].startswith("error: "), (mistake, ended.errors)
         assert all(word in said[0] for word in words), (mistake, said)
         assert "Traceback" not in ended.text
+
+
+def test_parameters_are_handed_to_xgboost_as_they_are(folder, tmp_path):
+    def trial(**params):
+        (tmp_path / "params.toml").write_text(dump_toml({"boost": {"library": "xgboost", "patience": 5, "params": params}}))
+        words = [f"data.root={folder}", 'boost.features=["a", "b b", "noise", "age"]']
+        return boost(parse([folder / "boost.toml", tmp_path / "params.toml"], words), trial=True)
+
+    plain = trial()
+    by_place = trial(monotone_constraints=[0, -1, 0, 0])
+    assert by_place == trial(monotone_constraints={"b b": -1}) == trial(monotone_constraints="(0,-1,0,0)") != plain
+    assert trial(interaction_constraints=[["a", "b b"], ["noise", "age"]]) == trial(interaction_constraints=[[0, 1], [2, 3]]) != plain
+    assert trial(eval_metric="error@0.5") == trial(eval_metric=["error", "auc"])  # the library has its own name for it
+    assert plain not in (trial(tree_method="approx"), trial(tree_method="exact"))  # which take no bins
+
+
+@pytest.mark.parametrize(("library", "named"), [("lightgbm", {"device_type": "gpu"}), ("xgboost", {"device": "cuda"})])
+def test_one_key_asks_for_the_gpu(folder, monkeypatch, library, named):
+    """What the library is asked for; no GPU does it here."""
+    monkeypatch.setattr(boosters.torch.cuda, "is_available", lambda: True)
+    settings = settings_of(folder, f"boost.library={library}", "boost.device=gpu")
+    data = boost_data.prepare(settings)
+    assert named.items() <= boosters.LIBRARIES[library](data.table.info, data.names).params(settings).items()
 
 
 def test_a_library_that_is_not_there_is_named(folder, monkeypatch):

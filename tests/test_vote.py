@@ -157,6 +157,37 @@ def test_rows_are_told_by_their_ids(folder, tmp_path):
         vote.split("valid")
 
 
+@pytest.mark.parametrize("part", ["test", "valid"])
+def test_another_file_of_the_same_targets_is_other_rows_unless_ids_say_the_same(folder, tmp_path, part):
+    """Rows shuffled inside each class: all targets are alike, no row is."""
+    for name, count in (("train", 600), ("test", 200)):
+        pd.read_csv(folder / f"{name}.csv").assign(key=range(count)).to_csv(tmp_path / f"{name}.csv", index=False)
+    table = pd.read_csv(tmp_path / "test.csv")
+    order = np.arange(len(table))
+    for label in ("yes", "no"):
+        rows_ = np.flatnonzero(table["yes"] == label)
+        order[rows_] = np.roll(rows_, 1)
+    table.to_csv(tmp_path / "copy.csv", index=False)
+    table.to_parquet(tmp_path / "same.parquet")
+    table.iloc[order].to_csv(tmp_path / "moved.csv", index=False)
+    words = [f"data.root={tmp_path}", "boost.rounds=5", 'data.drop=["three", "amount", "weight", "group"]']
+
+    def run(name, file, *more):
+        boost(parse([folder / "vote.toml"], [*words, f"data.{part}={file}", *more, f"run.dir={tmp_path / 'runs' / name}"]))
+        return infer.open_run(tmp_path / "runs" / name, torch.device("cpu"), [], None)
+
+    told = {name: run(name, name, "data.id=key") for name in ("test.csv", "same.parquet", "moved.csv")}
+    drop = 'data.drop=["three", "amount", "weight", "group", "key"]'
+    bare = {f"bare-{name}": run(f"bare-{name}", name, drop) for name in ("test.csv", "copy.csv", "same.parquet", "moved.csv")}
+    for first, second in (("test.csv", "same.parquet"), ("bare-test.csv", "bare-copy.csv"), ("test.csv", "bare-test.csv")):
+        assert Vote([(told | bare)[first], (told | bare)[second]], None, "probability").split(part)
+    for first, second in (("test.csv", "moved.csv"), ("bare-test.csv", "bare-moved.csv"), ("bare-test.csv", "bare-same.parquet")):
+        vote = Vote([(told | bare)[first], (told | bare)[second]], None, "probability")
+        assert np.array_equal(*(vote.targets([member.split(part) for member in vote.members], place) for place in range(2)))
+        with pytest.raises(UserError, match=r"rows are not the 200 .* data\.id"):
+            vote.split(part)
+
+
 def test_parts_cut_by_another_seed_are_other_rows_though_their_targets_are_alike(folder, tmp_path):
     pd.read_csv(folder / "train.csv").sort_values("yes").to_csv(tmp_path / "train.csv", index=False)
     runs = []

@@ -15,6 +15,7 @@ import commands
 from data import Info
 from engine import losses
 from engine.config import UserError
+from engine.optim import parameter_groups
 from models import tabm
 from models.tabm import Config, Model, averaged
 
@@ -111,9 +112,21 @@ def test_a_member_learns_from_its_own_loss_alone():
 def test_piecewise_embeddings_are_cut_at_the_quantiles_and_not_all_decayed():
     model = Model(Config(**SMALL), INFOS["binary"])
     names = dict(model.named_parameters())
-    assert model.not_decayed and model.not_decayed < names.keys()
+    assert "net.num_module.linear0.weight" in model.not_decayed < names.keys()
     repeated = Info("binary", 1, ["no", "yes"], 1, more={"quantiles": [[0.0] * 200 + [1.0] * 57]})  # one bin is left of five
     assert Model(Config(**SMALL), repeated)({"numeric": torch.tensor([[0.0], [0.5], [1.0]])}).shape == (3, 3)
+
+
+@pytest.mark.parametrize(("architecture", "adapters"), [("tabm", ["r", "s"]), ("tabm-mini", []), ("tabm-packed", [])])
+@pytest.mark.parametrize("numbers", ["plain", "piecewise", "periodic"])
+def test_what_is_decayed_is_what_the_authors_decay(numbers, architecture, adapters):
+    """Weights and adapters; no biases, though they have a row for each member, no frequencies, no linear part of piecewise embeddings."""
+    model = Model(Config(**SMALL, numbers=numbers, architecture=architecture), INFOS["binary"])
+    decayed = {id(parameter) for parameter in parameter_groups(model, 0.1)[0]["params"]}
+    names = {name.removeprefix("net.") for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    wanted = {"output.weight", *(f"backbone.blocks.0.0.{name}" for name in ["weight", *adapters])}
+    wanted |= {"backbone.affine.weight"} if architecture == "tabm-mini" else set()
+    assert names == (wanted if numbers == "plain" else wanted | {"num_module.linear.weight"})
 
 
 def test_what_it_cannot_be_built_for_is_one_line(monkeypatch):
