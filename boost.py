@@ -10,6 +10,7 @@ The same command again continues at the fold where it stopped. What comes out is
 import json
 import os
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -49,11 +50,13 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
         info, rounds = data.table.info, settings.boost.rounds
         metrics.names(settings.task, info, boosting.own_metrics(settings))
         library, folds, done = LIBRARIES[settings.boost.library](info, data.names), boost_data.cut(settings, data), 0
+        library.params(settings)  # what is wrong with them is said before anything else
         if run:
             (run / "folds").mkdir(exist_ok=True)
             folder.write_inputs(run, info, data.table.preprocessing)
             done = folds_done(run, data, folds)
-            for line in (f"run folder {run}", *data.table.notes, f"features: {', '.join(data.names)}", f"folds done: {done} of {len(folds)}"):
+            chosen = [f"features: {', '.join(data.names)}"] if settings.boost.features else []
+            for line in (f"run folder {run}", *data.table.notes, *chosen, f"folds done: {done} of {len(folds)}"):
                 process.say(line)
         tracker.start(done * rounds, features=data.names)
         journal, request, scores, steps = report.Journal(run, "steps.jsonl", done * rounds), process.StopRequest(), [], []
@@ -104,11 +107,12 @@ def keep(run: Path, watch: Watch, library: Any, booster: Any, step: int, mark: s
     record = {"fold": watch.number, "best_round": step, "sha256": sha256(path), "data": mark}
     record |= {"metric": watch.metric, "valid": watch.valid, "train": watch.train}
     folder.write_text(fold_file(run, watch.number, ".json"), json.dumps(record | {"clock": {"seconds": seconds}}))
-    process.say(f"{watch.title}  best at round {step} of {len(watch.valid)}: {watch.metric} {watch.valid[step - 1]:.6g}  {seconds} s")
-
-
-def deviation(values: list[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    ended = (
+        "  (boost.rounds ended it, not boost.patience)"
+        if watch.settings.boost.patience > 0 and len(watch.valid) == watch.settings.boost.rounds
+        else ""
+    )
+    process.say(f"{watch.title}  best at round {step} of {len(watch.valid)}: {watch.metric} {watch.valid[step - 1]:.6g}  {seconds} s{ended}")
 
 
 def over_folds(function: Callable[[list[float]], Any], scores: list[dict[str, float]]) -> dict[str, float]:
@@ -129,7 +133,9 @@ def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], track
     write_tables(iter([ids | {"row": rows[order], "fold": numbers[order]} | out_of_fold]), run / "oof.parquet")
 
     rounds = [{"fold": record["fold"], "best_round": record["best_round"], "valid": valid} for record, valid in zip(records, scores, strict=True)]
-    result = {"best": over_folds(np.mean, scores), "spread": over_folds(deviation, scores), "folds": rounds}
+    result = {"best": over_folds(np.mean, scores), "folds": rounds}
+    if len(folds) > 1:
+        result["spread"] = over_folds(statistics.stdev, scores)
     predictions, target = np.concatenate(predicted), table.target[rows]
     if "test" in table.rows:
         result["test"], predictions, target = predictor.score(Part(data, table.rows["test"]))
@@ -140,8 +146,9 @@ def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], track
     folder.write_text(run / "result.json", json.dumps(result, indent=1))
     tracker.conclude(len(folds) * settings.boost.rounds, {**result, "folds": len(folds)}, shown, ("features", *explained))
     page.write(run)
-    for part, name in {"best": "valid", "spread": "spread", "test": "test"}.items():
-        if part in result and (len(folds) > 1 or part != "spread"):
+    said = {"best": f"valid, mean of {len(folds)} folds", "spread": "deviation over folds"} if len(folds) > 1 else {"best": "valid"}
+    for part, name in (said | {"test": "test"}).items():
+        if part in result:
             process.say(f"{name}: {report.scores_text(result[part])}")
     process.say(f"pictures {', '.join(map(str, shown))}, all on {run}/report.html\nmodels {run}/folds")
     return result

@@ -12,6 +12,7 @@ Also under `accelerate launch` and `torchrun`: each process predicts its share, 
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,10 @@ def best_folder(path: Path) -> Path:
             return candidate
     if (path / "checkpoints").is_dir():
         raise UserError(f"{path}: the run has not ended, so there is no best/ yet; use --checkpoint step=… of {names(path)}")
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; name a run folder, or a file of predictions")
+    if (path / "study.journal").exists():
+        raise UserError(f"{path}: is a study; train with --config {path}/best.toml, and name that run's folder")
     raise UserError(f"{path}: not a run folder; it needs best/ with info.json and model.safetensors, as train.py leaves it")
 
 
@@ -108,17 +113,21 @@ def open_run(path: Path, device: torch.device, overrides: list[str], files: list
 
 def predict_file(predictor: Predictor, source: Path, target: Path | None, logits: bool) -> dict[str, float]:
     """Predict a file in chunks, write them as they come; returns the scores where the file has labels, else {}."""
-    scorer, named = None, getattr(predictor.settings.data, "id", "")
+    scorer, named, count, unseen = None, getattr(predictor.settings.data, "id", ""), 0, Counter()
 
     def tables() -> Iterator[dict[str, Any]]:
-        nonlocal scorer
+        nonlocal scorer, count
         for number, rows in enumerate(predictor.read(source, CHUNK)):
             if number == 0 and named and named not in rows.ids:
                 process.say(f"warning: {source}: has no column {named!r} (data.id); rows are numbered instead")
             scorer = scorer or (predictor.scorer() if rows.labelled else None)
+            count += len(rows.dataset)
+            unseen.update(rows.unseen)
             yield rows.ids | columns(predictor.info.labels, predictor.predict(rows.dataset, logits, scorer), logits)
 
     write_tables(tables(), target if process.rank() == 0 else None)
+    for name, times in unseen.items():
+        process.say(f"warning: {source}: column {name!r}: {times:,} of {count:,} values were not seen in training and count as missing")
     return scorer.compute() if scorer else {}
 
 
@@ -146,6 +155,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def chosen_weights(run: Path, wanted: str) -> Path:
     """Consolidate a checkpoint on demand; it stays in the run folder as weights-step=N."""
+    if (run / "folds").is_dir():
+        raise UserError(f"{run}: is a boosted run, which has no checkpoints; leave --checkpoint out")
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run}: has no checkpoints; --checkpoint needs the run folder")
     source = export.choose(run, wanted)
@@ -174,6 +185,8 @@ def main() -> None:
         raise UserError(f"--output {options.output}: is the input itself; name another file")
     if options.output and options.output.suffix not in (".csv", ".parquet"):
         raise UserError(f"--output {options.output}: must end in .csv or .parquet")
+    if options.output and not options.output.parent.is_dir():
+        raise UserError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
     device = start_processes()
     if options.checkpoint:
         runs[0] = Path(process.on_rank_zero(lambda: str(chosen_weights(runs[0], options.checkpoint))))
@@ -188,8 +201,8 @@ def main() -> None:
             if dataset is None:
                 raise UserError(f"--split {options.split}: these data have no such part; set data.{options.split}")
             for member in getattr(predictor, "members", [predictor]):
-                if options.split == "valid" and len(getattr(member, "boosters", [])) > 1:
-                    process.say(f"{member.path}: its folds were trained on the validation part too; out-of-fold scores stand in result.json")
+                if options.split != "test" and len(getattr(member, "boosters", [])) > 1:
+                    process.say(f"{member.path}: its folds were trained on the {options.split} part too; out-of-fold scores stand in result.json")
             found[options.split], _, _ = predictor.score(dataset)
             process.say(f"{options.split}: {report.scores_text(found[options.split])}")
         if options.input:

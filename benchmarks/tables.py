@@ -5,9 +5,10 @@
     python benchmarks/tables.py --only california --recipes tabm-full --seeds 0        an hour or more without a GPU
 
 Each recipe of conf/ is trained with several seeds, by the scripts, into a folder of its own under --runs, where finished runs are taken
-as they stand and others go on. The vote is of LightGBM over five folds, XGBoost and TabM, its weights fitted on validation rows. Then boosting
-in boost.py and by hand take turns: the same rows, folds, parameters and so the same trees. Lines of --results that were not asked for
-stay. Exit status 0 where the bars hold, else 1.
+as they stand and others go on. The vote is of LightGBM over five folds of training and validation rows, XGBoost and TabM, its weights fitted
+on validation rows; that without folds, like the published ensembles, has no model that was trained on these. Then boosting in boost.py and by
+hand take turns: the same rows, folds, parameters and so the same trees. Lines of --results that were not asked for stay. Exit status 0 where
+the bars hold, else 1.
 """
 
 import argparse
@@ -37,7 +38,7 @@ RECIPES = {
     "lightgbm-folds": ("boost.py", "lightgbm", "boost.folds=5"),
 }
 """script, conf/<data>_<…>.toml, overrides"""
-VOTERS = ["lightgbm-folds", "xgboost", "tabm"]
+VOTES = {"vote": ["lightgbm-folds", "xgboost", "tabm"], "vote-without-folds": ["lightgbm", "xgboost", "tabm"]}
 SCORES = {"adult": ("accuracy", 1), "california": ("rmse", -1)}
 """the score, and whether more of it is better"""
 BARS = {
@@ -53,8 +54,9 @@ PUBLISHED = {
     "tabm": ("tabm", "tabm-mini-piecewiselinear", "0-evaluation"),
     "tabm-full": ("tabm", "tabm-mini-piecewiselinear", "0-evaluation"),
     "vote": ("tabm", "tabm-mini-piecewiselinear", "0-ensemble-5"),
+    "vote-without-folds": ("tabm", "tabm-mini-piecewiselinear", "0-ensemble-5"),
 }
-"""rows of published_scores.csv: repository, model, run. Beside the vote stands the same authors' ensemble of five."""
+"""rows of published_scores.csv: repository, model, run. Beside the votes stands the same authors' ensemble of five."""
 
 
 def published(data: str, recipe: str) -> float | None:
@@ -113,8 +115,8 @@ def scores(data: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for seed in options.seeds:
         for recipe in options.recipes:
             found.setdefault(recipe, []).append(
-                vote([train(data, voter, seed, options.runs) for voter in VOTERS])
-                if recipe == "vote"
+                vote([train(data, voter, seed, options.runs) for voter in VOTES[recipe]])
+                if recipe in VOTES
                 else outcome(train(data, recipe, seed, options.runs))
             )
             print(f"{data} {recipe} seed {seed}: {found[recipe][-1]}", flush=True)
@@ -131,10 +133,10 @@ def scores(data: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 "seeds": values,
                 "published": published(data, recipe),
                 "seconds": [outcome["seconds"] for outcome in outcomes],
-                "valid_loss": None if recipe == "vote" else statistics.fmean(outcome["valid"]["loss"] for outcome in outcomes),
+                "valid_loss": None if recipe in VOTES else statistics.fmean(outcome["valid"]["loss"] for outcome in outcomes),
                 "commits": sorted({commit for outcome in outcomes for commit in outcome["commits"]}),
             }
-            | ({"weights": [outcome["weights"] for outcome in outcomes]} if recipe == "vote" else {})
+            | ({"weights": [outcome["weights"] for outcome in outcomes]} if recipe in VOTES else {})
         )
     return lines
 
@@ -235,7 +237,7 @@ def tables(scored: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
     for line in scored:
         bar = "" if line["bar"] is None else "{} ± {}".format(*line["bar"]) if isinstance(line["bar"], tuple) else f"{line['bar']:.4f}"
         numbers = [f"{line[key]:.4f}" if line[key] is not None else "" for key in ("mean", "spread", "published")]
-        seconds = "" if line["recipe"] == "vote" else f"{statistics.fmean(line['seconds']):.0f}"
+        seconds = "" if line["recipe"] in VOTES else f"{statistics.fmean(line['seconds']):.0f}"
         numbers.insert(2, str(len(line["seeds"])))
         end = [bar, verdict(line["holds"]), seconds, line["command"], ", ".join(line["commits"])]
         rows.append([f"{line['data']}, {line['score']}", line["recipe"], *numbers, *end])
@@ -258,8 +260,8 @@ def markdown(rows: list[list[str]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SCORES, default=list(SCORES), metavar="DATA", help=f"of {', '.join(SCORES)}")
-    default = [name for name in RECIPES if not name.endswith(("-folds", "-full"))] + ["vote"]
-    parser.add_argument("--recipes", nargs="*", choices=[*RECIPES, "vote"], default=default, metavar="RECIPE", help=f"of {', '.join(default)}")
+    default = [name for name in RECIPES if not name.endswith(("-folds", "-full"))] + [*VOTES]
+    parser.add_argument("--recipes", nargs="*", choices=[*RECIPES, *VOTES], default=default, metavar="RECIPE", help=f"of {', '.join(default)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pairs", type=int, default=5, help="turns of boost.py and by hand that count, one more comes first; -1 leaves them out")
     parser.add_argument("--rounds", type=int, default=300, help="boosting rounds of a turn's three folds")
@@ -272,7 +274,9 @@ def main() -> int:
     scored = [line for data in options.only for line in scores(data, options)]
     pairs = [(data, library) for data in options.only for library in ("lightgbm", "xgboost") if options.pairs > 0 and library in options.recipes]
     timed = [overhead(data, library, options) for data, library in pairs]
-    commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=*"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     made = {"command": " ".join(["python", "benchmarks/tables.py", *words]), "machine": f"{os.cpu_count()} cores, {processor()}"}
     place, kept = options.results / "tables.json", {"scores": [], "boosting": []}
     if place.exists():

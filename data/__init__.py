@@ -63,3 +63,5 @@ class Rows:
     ids: dict[str, list]
     """columns copied to the predictions: the id column, or {"row": [...]}"""
     labelled: bool
+    unseen: dict[str, int] = field(default_factory=dict)
+    """values by column that training never saw, which count as missing"""

@@ -59,23 +59,23 @@ def numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
 
 
 def texts(columns: Columns, vocabulary: list[str] | None = None) -> tuple[np.ndarray, list[str]]:
-    """int32 [n]: numbers in a vocabulary, from 1; 0 where missing or not in it. And that vocabulary; if not given, all words, sorted."""
+    """int32 [n]: numbers in a vocabulary, from 1; 0 where missing, -1 where not in it. And that vocabulary; if not given, all words, sorted."""
     chunks = [chunk for column, where in columns for chunk in clean(column, where).cast(pa.string()).chunks]
     encoded = pa.chunked_array(chunks).dictionary_encode().combine_chunks()
     words = encoded.dictionary.to_pylist()
     vocabulary = sorted(words) if vocabulary is None else vocabulary
-    return renumber(words, vocabulary)[encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy() + 1], vocabulary
+    return renumber(words, vocabulary, -1)[encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy() + 1], vocabulary
 
 
-def renumber(words: list[str], vocabulary: list[str]) -> np.ndarray:
-    """int32 [1 + len(words)]: 0, then where each word stands in the vocabulary, from 1; 0 for one that it lacks."""
+def renumber(words: list[str], vocabulary: list[str], lacking: int = 0) -> np.ndarray:
+    """int32 [1 + len(words)]: 0, then where each word stands in the vocabulary, from 1; `lacking` for one that it lacks."""
     known = {word: number for number, word in enumerate(vocabulary, 1)}
     numbers = [0]
     for word in words:
         # As other programs write it: integers beside missing ones become floats, booleans change their case.
         spellings = [word, word.removesuffix(".0"), word + ".0"]
         spellings += [word.lower(), word.capitalize()] if word.lower() in ("true", "false") else []
-        numbers.append(next((known[form] for form in spellings if form in known), 0))
+        numbers.append(next((known[form] for form in spellings if form in known), lacking))
     return np.array(numbers, np.int32)
 
 

@@ -135,7 +135,8 @@ def read_target(sources: dict[str, Any], config: Files, kind: str, notes: list[s
         return values.astype(np.float32), kind, []
     labels = words or [repr(value).removesuffix(".0") for value in found.tolist()]
     if kind == "binary" and len(labels) > 2:
-        raise UserError(f'task.kind = "binary": {name} has {len(labels)} values ({", ".join(labels[:5])}); use "multiclass"')
+        other = "multiclass" if words or len(labels) <= 20 else "regression"
+        raise UserError(f'task.kind = "binary": {name} has {len(labels)} values ({", ".join(labels[:5])}); use "{other}"')
     return np.searchsorted(found, values), kind, labels
 
 
@@ -188,7 +189,7 @@ def known_target(column: Any, where: str, info: Info, start: int) -> np.ndarray:
     from data import _columns
 
     if info.labels:
-        target = _columns.texts([(column, where)], info.labels)[0].astype(np.int64) - 1
+        target = _columns.texts([(column, where)], info.labels)[0].astype(np.int64) - 1  # -1 or -2 for what is no label
         wrong, known = target < 0, f"label of the run ({', '.join(info.labels[:20])})"
     else:
         target = _columns.numbers(column, where).astype(np.float32)

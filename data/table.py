@@ -6,7 +6,7 @@ from the training rows (vocabularies, scales, label names) is kept as JSON, so t
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -141,7 +141,24 @@ def read_features(
     if not learned["numeric"] and not learned["categorical"]:
         raise UserError(f"{sources['train'].path}: no feature is left beside the target {config.target!r}; see data.drop")
     numeric, categorical = numeric[:, : len(learned["numeric"])], categorical[:, : len(learned["categorical"])]
+    notes += column_notes(numeric, categorical, train, learned)
     return np.ascontiguousarray(numeric), np.ascontiguousarray(categorical), learned
+
+
+def column_notes(numeric: np.ndarray, categorical: np.ndarray, train: np.ndarray, learned: dict[str, Any], most: int = 20) -> list[str]:
+    """What each column was taken for, by the training rows; of many columns the first ones."""
+
+    def line(key: str, sizes: list[str], gaps: Callable[[int], np.ndarray]) -> list[str]:
+        shown = []
+        for place, (name, size) in enumerate(list(zip(learned[key], sizes, strict=True))[:most]):
+            missing = np.count_nonzero(gaps(place))
+            about = ", ".join(filter(None, [size, f"{missing:,} missing" if missing else ""]))
+            shown.append((repr(name) if {" ", ","} & {*name} else name) + (f" ({about})" if about else ""))
+        return [f"{key} {len(sizes)}: {', '.join(shown)}{', …' if len(sizes) > most else ''}"] if shown else []
+
+    words = [f"{len(vocabulary):,} values" for vocabulary in learned["vocabularies"].values()]
+    notes = line("numeric", [""] * numeric.shape[1], lambda place: np.isnan(numeric[train, place]))
+    return notes + line("categorical", words, lambda place: categorical[train, place] == 0)
 
 
 def tensors(table: Table, config: Preparation) -> Splits:
@@ -180,5 +197,6 @@ def read_rows(path: str | Path, config: Parts, preprocessing: dict[str, Any], in
         given = {name: (rows.column(name), f"{path}: column {name!r}") for name in rows.column_names}
         numbers = np.array([_columns.numbers(*given[name]) for name in numeric], np.float32)
         texts = np.array([_columns.texts([given[name]], words)[0] for name, words in vocabularies.items()], np.int32)
-        columns = batch_columns(*(array.reshape(-1, len(rows)).T.copy() for array in (numbers, texts)), preprocessing)
-        yield Rows(TableDataset(columns if truth is None else columns | {"target": batch_target(truth, info)}), ids, truth is not None)
+        unseen = {name: count for name, codes in zip(vocabularies, texts, strict=True) if (count := int((codes < 0).sum()))}
+        columns = batch_columns(*(array.reshape(-1, len(rows)).T.copy() for array in (numbers, texts.clip(0))), preprocessing)
+        yield Rows(TableDataset(columns if truth is None else columns | {"target": batch_target(truth, info)}), ids, truth is not None, unseen)

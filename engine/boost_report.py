@@ -45,7 +45,7 @@ class Watch:
         if self.request.asked:
             raise process.Stopped(f"stopped by a signal in {self.title}; the same command goes on from that fold's start")
         step, line = self.number * self.settings.boost.rounds + rounds, {"fold": self.number, "round": rounds, "valid": {metric: value}}
-        if self.logs and rounds % EVERY == 0:
+        if self.logs and (rounds == 1 or rounds % EVERY == 0):
             self.train[rounds] = train()
             line["train"] = {metric: self.train[rounds]}
         for log in self.logs:
@@ -75,9 +75,11 @@ def importance(run: Path, predictor: BoostPredictor, parts: list[Part]) -> tuple
     table = pd.DataFrame(np.mean(found, axis=0).T, data.names, ["gain", "split", "shap"]).rename_axis("feature")
     table = table.sort_values(["shap", "gain"], ascending=False)
     folder.write_text(run / "importance.csv", table.to_csv())
-    shown = (table / table.sum()).set_axis(["gain", "splits", f"mean |SHAP| of {explained} rows"], axis=1)[:30][::-1]
+    shown = (table / table.sum()).set_axis(["gain", "splits", f"mean |SHAP| of {explained} rows"], axis=1).rename(pictures.short)[:30][::-1]
     drawing, axis = pictures.figure(7, 1.5 + 0.35 * len(shown))
-    shown.plot.barh(ax=axis, width=0.8, xlabel="share of all columns", ylabel="")
+    first = f"the first {len(shown)} of {len(table)} columns: " if len(shown) < len(table) else ""
+    shown.plot.barh(ax=axis, width=0.8, xlabel=f"{first}share of all columns", ylabel="")
+    axis.legend(reverse=True)
     drawing.savefig(run / "importance.png")
     return ["feature", *table], table.reset_index().to_numpy().tolist()
 
@@ -87,10 +89,12 @@ def draw_rounds(records: list[dict[str, Any]], path: Path) -> None:
     drawing, axis = pictures.figure()
     for record in records:
         color, best, valid = f"C{record['fold']}", record["best_round"], record["valid"]
-        axis.plot(range(1, len(valid) + 1), valid, color=color, label=f"fold {record['fold']}, best at {best}")
-        axis.plot([int(step) for step in record["train"]], record["train"].values(), "--", color=color, lw=1)
+        axis.plot(range(1, len(valid) + 1), valid, color=color, label=f"fold {record['fold'] + 1}, best at {best}")
+        axis.plot([int(step) for step in record["train"]], record["train"].values(), "--", marker=".", color=color, lw=1)
         axis.plot(best, valid[best - 1], "o", mfc="none", ms=12, color=color)
-    axis.set(xlabel="round", ylabel=f"{records[0]['metric']} (dashed: training rows)")
+    axis.plot([], [], "--", marker=".", color="grey", lw=1, label="training rows")
+    axis.set(xlabel="round", ylabel=records[0]["metric"])
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend()
     drawing.savefig(path)

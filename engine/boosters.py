@@ -1,92 +1,21 @@
 """LightGBM and XGBoost by their native APIs."""
 
-import contextlib
-import importlib
-import operator
-import os
 import re
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine.boost_data import Data, Fold
+from engine.boost_library import Library
 from engine.config import UserError, suggestion
 from engine.settings import Settings
 
 
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """LightGBM writes the reason to the terminal's descriptor, past every logger, before it raises."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-class Library:
-    """What the two have in common. Raises UserError where the package is missing."""
-
-    package: str
-    failure: str
-    gpu: dict[str, str]
-    a_column: set[str]
-    """parameters of a value for each feature"""
-    objectives: dict[str, str]
-
-    def __init__(self, info: Any, names: list[str]):
-        try:
-            self.module = importlib.import_module(self.package)
-        except ImportError as error:
-            raise UserError(f'boost.library = "{self.package}": cannot be imported ({error}); pip install {self.package}') from None
-        plain = [re.sub(r"\W", "_", name) for name in names]  # neither takes every character in a column's name
-        self.names = plain if len(set(plain)) == len(plain) else [f"{name}_{place}" for place, name in enumerate(plain)]
-        self.named = dict(zip(names, self.names, strict=True))
-        self.info, self.error = info, operator.attrgetter(self.failure)(self.module)
-
-    def params(self, settings: Settings, **own: Any) -> dict[str, Any]:
-        if settings.boost.device == "gpu" and not torch.cuda.is_available():
-            raise UserError('boost.device = "gpu": there is no GPU here; set it to "cpu"')
-        classes = {"num_class": self.info.outputs} if self.info.kind == "multiclass" else {}
-        values = {"objective": self.objectives[self.info.kind], "seed": settings.run.seed % 2**31, **classes, **own}
-        values |= (self.gpu if settings.boost.device == "gpu" else {}) | settings.boost.params
-        for key in self.a_column & values.keys():
-            given = values[key].split(",") if isinstance(values[key], str) else values[key]
-            if not isinstance(given, dict) and len(np.atleast_1d(given)) != len(self.names):  # LightGBM ends the process
-                raise UserError(f"boost.params.{key} = {values[key]}: needs a value for each of the {len(self.names)} features")
-        for key in ("booster", "boosting", "boosting_type", "boost"):
-            if values.get(key) == "dart" and settings.boost.patience:
-                raise UserError(f'boost.params.{key} = "dart": later trees change earlier ones, so no round is the best; set boost.patience = 0')
-        return values
-
-    @contextlib.contextmanager
-    def checking(self) -> Iterator[None]:
-        """Where parameters meet the library before it trains: its Python has no error of its own for what it cannot read."""
-        try:
-            with silent():
-                yield
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise self.error(str(error)) from error
-
-    def refuse(self, unknown: list[str]) -> None:
-        if unknown:
-            raise UserError(f"boost.params.{unknown[0]}: {self.package} has no such parameter for this task; correct its name or take it out")
-
-    def load(self, path: Path) -> Any:
-        return self.module.Booster(model_file=path)
-
-
 class LightGBM(Library):
     package, suffix, failure, gpu = "lightgbm", ".txt", "basic.LightGBMError", {"device_type": "gpu"}
-    objectives = {kind: kind for kind in ("binary", "multiclass", "regression")}
+    objectives = {"binary": ("binary", "cross_entropy", "xentropy"), "multiclass": ("multiclass", "softmax"), "regression": ("regression",)}
     a_column = {"monotone_constraints", "mc", "monotone_constraint", "feature_contri", "feature_contrib", "fc", "fp", "feature_penalty"}
     settled = re.compile("bin|seed|missing|sparse|bundle|min_data|min_child_s|min_samples|linear|pre_filter|device|force")
     """parameters that binned rows depend on"""
@@ -156,7 +85,7 @@ class LightGBM(Library):
 
 class XGBoost(Library):
     package, suffix, failure, gpu = "xgboost", ".ubj", "core.XGBoostError", {"device": "cuda"}
-    objectives = {"binary": "binary:logistic", "multiclass": "multi:softprob", "regression": "reg:squarederror"}
+    objectives = {"binary": ("binary:logistic", "reg:logistic"), "multiclass": ("multi:softprob",), "regression": ("reg:squarederror",)}
     a_column = {"monotone_constraints"}
 
     @property
@@ -170,14 +99,15 @@ class XGBoost(Library):
         if values.get("booster") == "gblinear":
             raise UserError('boost.params.booster = "gblinear": grows no trees; use "gbtree" or "dart"')
         if isinstance(limits := values.get("monotone_constraints"), dict):
-            values["monotone_constraints"] = {self.column("monotone_constraints", name): limit for name, limit in limits.items()}
+            values["monotone_constraints"] = {self.feature("monotone_constraints", name): limit for name, limit in limits.items()}
         elif isinstance(limits, list):
             values["monotone_constraints"] = tuple(limits)
         if isinstance(groups := values.get("interaction_constraints"), list):
-            values["interaction_constraints"] = [[self.column("interaction_constraints", name) for name in group] for group in groups]
+            values["interaction_constraints"] = [[self.feature("interaction_constraints", name) for name in group] for group in groups]
         return values
 
-    def column(self, key: str, name: str | int) -> str:
+    def feature(self, key: str, name: str | int) -> str:
+        """What the library calls a feature that is given by its name or place. Raises UserError."""
         if isinstance(name, int) and 0 <= name < len(self.names):
             return self.names[name]
         if name not in self.named:

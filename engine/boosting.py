@@ -42,8 +42,7 @@ def scorer_of(settings: Settings, info: Any, names: Sequence[str] = ()) -> evalu
 def add_scores(scorer: evaluate.Scorer, predictions: np.ndarray, target: torch.Tensor, weights: torch.Tensor | None = None) -> None:
     """Count rows into a scorer by their probabilities or values. Raises UserError for what are no probabilities."""
     classes = (scorer.info.outputs,) if scorer.info.kind == "multiclass" else ()
-    wrong = predictions.shape[1:] != classes or predictions.min() < 0 or predictions.max() > 1 + 1e-6
-    if scorer.info.labels and (wrong or (classes and abs(predictions.sum(axis=1) - 1).max() > 1e-3)):
+    if scorer.info.labels and (predictions.shape[1:] != classes or predictions.min() < 0 or predictions.max() > 1 + 1e-6):
         raise UserError("boost.params.objective: predicts no probabilities of the classes; take another one, or none")
     target = target.long() if predictions.ndim == 2 else target.float()
     scorer.add(torch.from_numpy(margins(predictions, scorer.info)), {"target": target}, weights)

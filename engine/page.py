@@ -49,7 +49,7 @@ document.querySelector("input").oninput = event => {
   for (const row of body.rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
 };
 """
-PARTS = {"best": "validation", "spread": "spread over folds", "valid": "validation, exported", "test": "test"}
+PARTS = {"best": "validation", "spread": "deviation over folds", "valid": "validation, exported", "test": "test"}
 
 
 class Run:
@@ -110,13 +110,15 @@ def write(folder: Path, run: Run | None = None) -> None:
     """report.html of one run, from what lies in its folder, where that is not read already."""
     run = run or Run(folder)
     step = f"{'best at ' if run.result else ''}step {run.step:,}" if run.step else ""
-    facts = ["finished" if run.result else "unfinished", step, f"{run.minutes:.3g} minutes", run.commit]
+    took = f"{run.minutes:.3g} minutes" if run.minutes >= 2 else f"{60 * run.minutes:.3g} s"
+    facts = ["finished" if run.result else "unfinished", step, took, run.commit]
     body = [f'<p class="dim">{text(run.model)} · {text(run.data)} · {text(run.strategy)}</p><h1>{text(run.name)}</h1>']
     body.append(f'<p class="dim">{" · ".join(text(fact) for fact in facts if fact)}</p>')
     if run.result:
         body.append(f"<h2>Scores</h2>{table({title: run.result[part] for part, title in PARTS.items() if run.result.get(part)})}")
         source = [f"best/, exported from checkpoints/{source.name}" for source in folder.glob(f"checkpoints/*-step={run.step:08d}")]
-        use = [*source, "folds/, the average of all" if run.boosted else "best/"][0]
+        folds = "folds/, the average of all" if len(run.result.get("folds", [])) > 1 else "folds/"
+        use = [*source, folds if run.boosted else "best/"][0]
         command = text(f"python infer.py {folder} --input new.csv --output predictions.csv")
         body.append(f"<h2>Checkpoint to use</h2><p><code>{text(use)}</code></p><pre>{command}</pre>")
     for picture in sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime):

@@ -6,14 +6,27 @@ from typing import Any
 
 import numpy as np
 
+FONTS = ["Noto Sans CJK KR", "Noto Sans CJK JP", "Noto Sans CJK SC", "NanumGothic", "Malgun Gothic", "AppleGothic", "Arial Unicode MS"]
+"""for the letters that the usual font lacks"""
+
+
+def short(name: str, most: int = 40) -> str:
+    """A label that leaves room for the picture."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
 
 def figure(width: float = 7, height: float = 4, columns: int = 1) -> tuple[Any, Any]:
     """A drawing and its axis, or the array of its axes."""
-    from matplotlib import rcParams
+    import warnings
+
+    from matplotlib import font_manager, rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rcParams["text.parse_math"] = False  # two "$" in a column's name are no formula
+    here = {font.name for font in font_manager.fontManager.ttflist}
+    rcParams["font.family"] = ["DejaVu Sans", *(name for name in FONTS if name in here)]
+    warnings.filterwarnings("ignore", "Glyph", UserWarning)  # where none of these is installed, boxes stand for its letters
     drawing = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(drawing)  # no display, no global state
     return drawing, drawing.subplots(1, columns)
@@ -47,8 +60,8 @@ def confusion(predictions: np.ndarray, target: np.ndarray, labels: Sequence[str]
         for row, column in np.ndindex(table.shape):
             dark = table[row, column] > 0.5 * table[row].sum()
             axis.text(column, row, f"{table[row, column]:,}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        axis.set_xticks(range(count), labels, rotation=45, ha="right")
-        axis.set_yticks(range(count), labels)
+        axis.set_xticks(range(count), map(short, labels), rotation=45, ha="right")
+        axis.set_yticks(range(count), map(short, labels))
     axis.set(xlabel="predicted", ylabel="true")
     return drawing
 

@@ -28,8 +28,9 @@ def screen(settings: Settings) -> list[str]:
         table = table.sort_values(["corrected_p", "statistic"], ascending=[True, False], key=abs)
         folder.write_text(run / "screen.csv", table.to_csv(index=False, float_format="%.8g"))
         draw(table, boost.level, run / "screen.png")
+        process.say(f"each column alone, {len(rows):,} training rows; p corrected as by Benjamini and Hochberg, level {boost.level:g}")
         for name, kind, value, _, p, passes in table.itertuples(index=False, name=None):
-            process.say(f"{name:<30} {kind:<14} {value:>12.5g}  corrected p {p:<9.3g} {'' if passes else 'dropped'}")
+            process.say(f"{pictures.short(name, 30):<30} {kind:<14} {value:>12.5g}  corrected p {p:<9.3g} {'' if passes else 'dropped'}")
         if not passed:
             raise UserError(f"boost.level = {boost.level}: no column passes; raise it, or train without a screen")
         folder.write_text(run / "screen.toml", dump_toml({"boost": {"features": passed}}))
@@ -67,8 +68,11 @@ def draw(table: Any, level: float, path: Path) -> None:
     shown = table[:60][::-1]
     drawing, axis = pictures.figure(7, 1.5 + 0.25 * len(shown))
     # A p below what a float holds is drawn as that.
-    axis.barh(shown["feature"], -np.log10(shown["corrected_p"].clip(1e-300)), color=np.where(shown["passes"], "C0", "lightgrey"))
+    places, colors = range(len(shown)), np.where(shown["passes"], "C0", "lightgrey")
+    axis.barh(places, -np.log10(shown["corrected_p"].clip(1e-300)), color=colors, tick_label=shown["feature"].map(pictures.short))
     axis.axvline(-np.log10(level), color="black", lw=1, label=f"level {level:g}")
-    axis.set(xlabel="-log10 of the corrected p", xscale="symlog")
-    axis.legend()
+    axis.set(xlabel="-log10 of the corrected p, on a logarithmic scale from 1", xscale="symlog")
+    axis.set_xticks([0, 1, 3, 10, 30, 100, 300], map(str, [0, 1, 3, 10, 30, 100, 300]))
+    axis.set_xticks([], minor=True)
+    axis.legend(loc="lower right")
     drawing.savefig(path)

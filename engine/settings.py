@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
@@ -323,7 +324,10 @@ def command_line(
     files: list[str | Path] = options.config or [config.ROOT / "conf" / "digits.toml"]
     if options.help:
         values, _ = read(files, [word for word in options.overrides if "=" in word])
-        print(parser.format_help(), config.describe(classes(values)[0]), sep="\n")
+        try:
+            print(parser.format_help(), config.describe(classes(values)[0]), sep="\n", flush=True)
+        except BrokenPipeError:  # `--help | head`: nor shall Python find it broken when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     return files, options.overrides, options
 

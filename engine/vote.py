@@ -39,7 +39,8 @@ class Vote:
         if len(self.weights) != len(members):
             raise UserError(f"--weights: {len(self.weights)} for {len(members)} runs; give one a run")
         if not (self.weights.min() >= 0 and abs(self.weights.sum() - 1) <= 1e-6):
-            raise UserError(f"--weights {' '.join(map(str, weights or []))}: must be 0 or more and sum to 1; they sum to {self.weights.sum():g}")
+            what = "one is negative" if self.weights.min() < 0 else f"they sum to {self.weights.sum():g}"
+            raise UserError(f"--weights {' '.join(map(str, weights or []))}: must be 0 or more and sum to 1; {what}")
 
     def scorer(self) -> evaluate.Scorer:
         return boosting.scorer_of(self.settings, self.info)
@@ -95,7 +96,8 @@ class Vote:
             rows, runs, ids = slice(start, start := start + len(chunks[0].dataset)), iter(chunks), chunks[0].ids
             check(ids, rows, len(chunks[0].dataset))
             sets = [rows if member in saved else next(runs).dataset for member in self.members]
-            yield SimpleNamespace(dataset=sets, ids=ids, labelled=all(chunk.labelled for chunk in chunks))
+            unseen = {name: count for chunk in chunks for name, count in chunk.unseen.items()}
+            yield SimpleNamespace(dataset=sets, ids=ids, labelled=all(chunk.labelled for chunk in chunks), unseen=unseen)
         check({}, slice(start, None), 0)
 
     def score(self, sets: list[Any]) -> tuple[dict[str, float], np.ndarray, np.ndarray]:

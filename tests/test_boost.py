@@ -203,7 +203,7 @@ def test_a_finished_run_is_left_and_another_config_refused(folder, tmp_path, cap
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_new_files_are_read_as_the_training_file_was(folder, tmp_path, library):
+def test_new_files_are_read_as_the_training_file_was(folder, tmp_path, capsys, library):
     settings = settings_of(folder, f"boost.library={library}", f"run.dir={tmp_path / 'run'}")
     boost(settings)
     dataset, predictor = matrix_of(folder, settings)
@@ -218,7 +218,13 @@ def test_new_files_are_read_as_the_training_file_was(folder, tmp_path, library):
     np.testing.assert_array_equal(predictions(table.drop(columns=["yes", "weight"]).assign(more=1), "columns.csv"), expected)
     np.testing.assert_array_equal(predictions(table.astype({"age": np.float32, "town": "category"}), "types.parquet"), expected)
     np.testing.assert_array_equal(predictions(table.assign(age=table["age"].map("{}.0".format)), "text.csv"), expected)
-    # A category that training never saw counts as missing.
+    # A category that training never saw counts as missing, and is said.
+    few = table.assign(town=np.where(table.index < 3, "Atlantis", table["town"]))
+    few.to_csv(tmp_path / "few.csv", index=False)
+    assert [chunk.unseen for chunk in predictor.read(tmp_path / "few.csv", 100)] == [{"town": 3}, {}]
+    capsys.readouterr()
+    infer.predict_file(predictor, tmp_path / "few.csv", tmp_path / "few.parquet", False)
+    assert "column 'town': 3 of 200 values were not seen in training and count as missing" in capsys.readouterr().out
     np.testing.assert_array_equal(predictions(table.assign(town="Atlantis"), "unseen.csv"), predictions(table.assign(town=None), "gone.csv"))
     with pytest.raises(UserError, match="no column 'age'"):
         predictions(table.drop(columns="age"), "missing.csv")
@@ -451,7 +457,7 @@ def test_parameters_are_handed_to_xgboost_as_they_are(folder, tmp_path):
 @pytest.mark.parametrize(("library", "named"), [("lightgbm", {"device_type": "gpu"}), ("xgboost", {"device": "cuda"})])
 def test_one_key_asks_for_the_gpu(folder, monkeypatch, library, named):
     """What the library is asked for; no GPU does it here."""
-    monkeypatch.setattr(boosters.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     settings = settings_of(folder, f"boost.library={library}", "boost.device=gpu")
     data = boost_data.prepare(settings)
     assert named.items() <= boosters.LIBRARIES[library](data.table.info, data.names).params(settings).items()

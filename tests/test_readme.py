@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -31,10 +32,8 @@ def examples() -> dict[str, str]:
 
 def shell_commands() -> list[list[str]]:
     """Words of every command in a sh block, without comments, loops and what is piped."""
-    lines = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
-    found = [
-        shlex.split(line.removeprefix("  "), comments=True) for line in lines if re.match(r" *(\w+=\S+ )*(make|python|torchrun|accelerate) ", line)
-    ]
+    lines = [re.sub(r"\$\{?data\}?", "adult", line.strip()) for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
+    found = [shlex.split(line, comments=True) for line in lines if re.match(r"(\w+=\S+ )*(make|python|torchrun|accelerate) ", line)]
     return [[word for word in words if not re.fullmatch(r"[A-Z_]+=.*", word)] for words in found]
 
 
@@ -176,6 +175,18 @@ def test_the_loops_train_test_and_compare(copy):
     assert [float(score) for score, _ in ranking] == sorted((float(score) for score, _ in ranking), reverse=True)
     assert all((copy / run / "result.json").exists() for _, run in ranking)
     assert ended.stdout.count("\ntest: loss ") == 6
+
+
+@pytest.mark.slow
+def test_a_table_of_ones_own_is_searched_and_trained_as_written(copy):
+    generator = np.random.default_rng(0)
+    table = pd.DataFrame({"house": range(300), "area": generator.normal(size=300), "town": generator.choice(["a", "b"], 300)})
+    table.assign(price=3 * table["area"] + (table["town"] == "a")).to_csv(copy / "mine.csv", index=False)
+    search = next(words for words in script_commands() if words[0] == "tune.py" and "conf/mine.toml" in words)
+    again = next(words for words in script_commands() if "runs/study/best.toml" in words)
+    commands.succeed(*search, "tune.trials=2", "train.epochs=2", folder=copy, root=copy)
+    commands.succeed(*again, "train.epochs=2", "run.dir=runs/again", folder=copy, root=copy)
+    assert json.loads((copy / "runs/again/result.json").read_text())["test"]["rmse"] > 0
 
 
 def test_a_toml_for_a_table_of_ones_own_is_valid(copy):

@@ -255,7 +255,7 @@ def test_commands_and_mistakes(folder):
         (one, folder / "test.csv", *test): ("test.csv", "'prediction'"),
         (one, gaps, *test): ("gaps.csv", "no number"),
         (one, two, "--weights", "nan", 1, *test): ("--weights", "sum to 1"),
-        (one, folder / "gone", *test): ("gone", "not a run folder"),
+        (one, folder / "gone", *test): ("gone", "no such file or folder"),
         (one, two, "--checkpoint", "step=1", *test): ("--checkpoint", "one run"),
         (one, two, "--average", "median", *test): ("--average", "median"),
     }
