@@ -85,7 +85,7 @@ TRAIN = {
 }
 INFER = {
     "a folder that is no run": ("directory --split test", "directory", "not a run folder"),
-    "no folder at all": ("gone --split test", "gone", "not a run folder"),
+    "no folder at all": ("gone --split test", "gone", "no such file or folder"),
     "a file that lacks a feature column": ("run --input lacks.csv --output out.csv", "lacks.csv", "'b'"),
     "nothing to predict": ("run", "--input", "--split"),
     "no output": ("run --input good.csv", "--output"),
@@ -105,7 +105,7 @@ INFER = {
     "a word for a checkpoint": ("run --checkpoint last --split test", "last", "step=NUMBER"),
     "an unknown part": ("run --split tests", "--split", "tests"),
     "torn weights": ("torn --split test", "model.safetensors", "cannot be read"),
-    "a mistyped run folder": ("runs/mlp-digits/ddp/width=8-abcdef --split test", "width=8-abcdef", "not a run folder"),
+    "a mistyped run folder": ("runs/mlp-digits/ddp/width=8-abcdef --split test", "width=8-abcdef", "no such file or folder"),
 }
 
 
