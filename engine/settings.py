@@ -317,7 +317,7 @@ def command_line(
     """--config files, overrides and a script's own options. `--help` prints every key and leaves with status 0."""
     parser = Parser(description=description, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", metavar="FILE", help="TOML file; repeatable, later ones win")
-    parser.add_argument("--help", "-h", action="store_true", help="print this and every key, with type, default and meaning")
+    parser.add_argument("--help", "-h", action="store_true", help="print this and every key of that config, with type, default and meaning")
     add(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="one setting, as TOML")
     options = parser.parse_intermixed_args()
