@@ -10,7 +10,6 @@ The same command again continues at the fold where it stopped. What comes out is
 import json
 import os
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -107,11 +106,8 @@ def keep(run: Path, watch: Watch, library: Any, booster: Any, step: int, mark: s
     record = {"fold": watch.number, "best_round": step, "sha256": sha256(path), "data": mark}
     record |= {"metric": watch.metric, "valid": watch.valid, "train": watch.train}
     folder.write_text(fold_file(run, watch.number, ".json"), json.dumps(record | {"clock": {"seconds": seconds}}))
-    ended = (
-        "  (boost.rounds ended it, not boost.patience)"
-        if watch.settings.boost.patience > 0 and len(watch.valid) == watch.settings.boost.rounds
-        else ""
-    )
+    boost = watch.settings.boost
+    ended = "  (boost.rounds ended it, not boost.patience)" if len(watch.valid) == boost.rounds < step + boost.patience else ""
     process.say(f"{watch.title}  best at round {step} of {len(watch.valid)}: {watch.metric} {watch.valid[step - 1]:.6g}  {seconds} s{ended}")
 
 
@@ -135,7 +131,7 @@ def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], track
     rounds = [{"fold": record["fold"], "best_round": record["best_round"], "valid": valid} for record, valid in zip(records, scores, strict=True)]
     result = {"best": over_folds(np.mean, scores), "folds": rounds}
     if len(folds) > 1:
-        result["spread"] = over_folds(statistics.stdev, scores)
+        result["spread"] = over_folds(lambda values: np.std(values, ddof=1), scores)  # NaN where a score is
     predictions, target = np.concatenate(predicted), table.target[rows]
     if "test" in table.rows:
         result["test"], predictions, target = predictor.score(Part(data, table.rows["test"]))

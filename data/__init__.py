@@ -64,4 +64,4 @@ class Rows:
     """columns copied to the predictions: the id column, or {"row": [...]}"""
     labelled: bool
     unseen: dict[str, int] = field(default_factory=dict)
-    """values by column that training never saw, which count as missing"""
+    """by column, how many values training never saw; they count as missing"""

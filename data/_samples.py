@@ -69,7 +69,7 @@ class Files(Parts):
     group: str = ""
     """column of which equal values stay in one part (a patient, a film); never a feature"""
     weight: str = ""
-    """column of sample weights, 0 or more, in the loss; the other scores count all rows alike. Never a feature"""
+    """column of sample weights, 0 or more, in the loss and in the boosting libraries' own metrics; other scores count rows alike. Never a feature"""
 
     def sources(self) -> dict[str, Any]:
         """The files, opened (data._files.Source), by part. Raises UserError."""

@@ -131,7 +131,9 @@ def cut(settings: Settings, data: Data) -> list[Fold]:
         raise UserError('boost.split = "group": needs data.group, the column of which equal values stay in one fold')
     if split == "time":
         if "test" in getattr(settings.data, "fractions", dict)():
-            raise UserError('boost.split = "time": the test part is drawn from all times; name a file in data.test, or set data.test_fraction = 0')
+            raise UserError(
+                'boost.split = "time": the test part is drawn from all times; set data.test_fraction = 0, or data.test where there is a file'
+            )
         splitter, most, what = TimeSeriesSplit, len(rows) - 1, "rows after the first"
     elif split == "group":
         largest = np.unique(target, return_counts=True)[1].max()

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from engine.config import UserError
@@ -18,7 +17,7 @@ from engine.settings import Settings
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """LightGBM writes the reason to the terminal's descriptor, past every logger, before it raises."""
+    """Nothing of what a library writes to descriptor 2: before it raises, LightGBM puts the reason there, past every logger."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -61,7 +60,7 @@ class Library:
             raise UserError(f"boost.params.objective = {values['objective']!r}: gives no probabilities of a {self.info.kind} target; use {fitting}")
         for key in self.a_column & values.keys():
             given = values[key].split(",") if isinstance(values[key], str) else values[key]
-            if not isinstance(given, dict) and len(np.atleast_1d(given)) != len(self.names):  # LightGBM ends the process
+            if not isinstance(given, dict) and (len(given) if isinstance(given, list) else 1) != len(self.names):  # LightGBM ends the process
                 raise UserError(f"boost.params.{key} = {values[key]}: needs a value for each of the {len(self.names)} features")
         for key in ("booster", "boosting", "boosting_type", "boost"):
             if values.get(key) == "dart" and settings.boost.patience:

@@ -103,6 +103,8 @@ class XGBoost(Library):
         elif isinstance(limits, list):
             values["monotone_constraints"] = tuple(limits)
         if isinstance(groups := values.get("interaction_constraints"), list):
+            if not all(isinstance(group, list) for group in groups):
+                raise UserError(f'boost.params.interaction_constraints = {groups}: needs lists of features in a list, such as [["a", "b"], ["c"]]')
             values["interaction_constraints"] = [[self.feature("interaction_constraints", name) for name in group] for group in groups]
         return values
 
@@ -110,7 +112,7 @@ class XGBoost(Library):
         """What the library calls a feature that is given by its name or place. Raises UserError."""
         if isinstance(name, int) and 0 <= name < len(self.names):
             return self.names[name]
-        if name not in self.named:
+        if not isinstance(name, str) or name not in self.named:
             raise UserError(f"boost.params.{key}: there is no feature {name!r}{suggestion(str(name), list(self.named))}")
         return self.named[name]
 

@@ -71,8 +71,10 @@ def draw(table: Any, level: float, path: Path) -> None:
     places, colors = range(len(shown)), np.where(shown["passes"], "C0", "lightgrey")
     axis.barh(places, -np.log10(shown["corrected_p"].clip(1e-300)), color=colors, tick_label=shown["feature"].map(pictures.short))
     axis.axvline(-np.log10(level), color="black", lw=1, label=f"level {level:g}")
-    axis.set(xlabel="-log10 of the corrected p, on a logarithmic scale from 1", xscale="symlog")
-    axis.set_xticks([0, 1, 3, 10, 30, 100, 300], map(str, [0, 1, 3, 10, 30, 100, 300]))
+    axis.set_xlabel("-log10 of the corrected p, on a logarithmic scale from 1")
+    axis.set_xscale("symlog", linthresh=1)
+    ticks = [tick for tick in (0, 1, 3, 10, 30, 100, 300) if tick <= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, map(str, ticks))
     axis.set_xticks([], minor=True)
     axis.legend(loc="lower right")
     drawing.savefig(path)

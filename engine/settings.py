@@ -201,7 +201,7 @@ class Boost(Config):
     level: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """largest corrected p-value of a column that passes the screen"""
     params: dict[str, Any] = {}
-    """handed to the library as they are"""
+    """handed to the library as they are; XGBoost's monotone_constraints and interaction_constraints may name columns of the table"""
 
     @field_validator("params")
     @classmethod

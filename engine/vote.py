@@ -69,16 +69,20 @@ class Vote:
         return sets
 
     def draws_alike(self, member: Any, part: str) -> bool:
-        """Whether a run has the rows of the first one: of the same file, cut off it alike; or, in another file, with the same data.id."""
+        """Whether a run has the rows of the first one: of the same file, cut off it alike; or of another one with the same values of data.id."""
         mine, theirs = self.settings.data, member.settings.data
         name = part if getattr(mine, part, "") else "train"
         if cut_by(member.settings, part) != cut_by(self.settings, part):
             return False
         files = [getattr(data, name, "") for data in (mine, theirs)]
-        if not any(files) or same_file(mine.path(files[0]), theirs.path(files[1])):  # no file: it comes with a package
+        if not any(files):  # sets that come with a package, or kinds of data with keys of their own
+            return all(getattr(mine, key, "") == getattr(theirs, key, "") for key in ("name", "dataset", "file"))
+        if all(files) and same_file(mine.path(files[0]), theirs.path(files[1])):
             return True
-        told = getattr(mine, "id", "") and mine.id == getattr(theirs, "id", "")
-        return name == part and bool(told) and ids_of(member, part) == ids_of(self.members[self.first], part)
+        if name != part or not all(files) or not mine.id or mine.id != theirs.id:
+            return False
+        ids = ids_of(self.members[self.first], part)
+        return mine.id in ids and ids == ids_of(member, part)
 
     def read(self, source: Path, count: int) -> Iterator[Any]:
         """A file to predict, in chunks, beside the same rows of saved predictions. Raises UserError where rows are others."""
@@ -96,7 +100,7 @@ class Vote:
             rows, runs, ids = slice(start, start := start + len(chunks[0].dataset)), iter(chunks), chunks[0].ids
             check(ids, rows, len(chunks[0].dataset))
             sets = [rows if member in saved else next(runs).dataset for member in self.members]
-            unseen = {name: count for chunk in chunks for name, count in chunk.unseen.items()}
+            unseen = {name: max(chunk.unseen.get(name, 0) for chunk in chunks) for name in set().union(*(chunk.unseen for chunk in chunks))}
             yield SimpleNamespace(dataset=sets, ids=ids, labelled=all(chunk.labelled for chunk in chunks), unseen=unseen)
         check({}, slice(start, None), 0)
 

@@ -406,6 +406,8 @@ MISTAKES = {
     "boost.params.max_depth={a=1}": ("lightgbm refuses", "max_depth"),
     "boost.library=xgboost boost.params.monotone_constraints=[1]": ("monotone_constraints", "5 features"),
     "boost.library=xgboost boost.params.monotone_constraints={zzz=1}": ("monotone_constraints", "'zzz'", "known"),
+    "boost.library=xgboost boost.params.interaction_constraints=[0,1]": ("interaction_constraints", "lists"),
+    "boost.params.monotone_constraints=[[1],[1,0]]": ("monotone_constraints", "5 features"),
     'boost.library=xgboost boost.params.interaction_constraints=[["a","agee"]]': ("interaction_constraints", "did you mean age?"),
     "boost.library=xgboost boost.params.max_bin=many": ("xgboost refuses", "many"),
     "boost.split=time": ("boost.split", "boost.folds"),
@@ -440,7 +442,7 @@ def test_each_mistake_is_one_line_and_status_2(folder):
         assert "Traceback" not in ended.text
 
 
-def test_parameters_are_handed_to_xgboost_as_they_are(folder, tmp_path):
+def test_parameters_reach_xgboost_and_constraints_may_name_columns(folder, tmp_path):
     def trial(**params):
         (tmp_path / "params.toml").write_text(dump_toml({"boost": {"library": "xgboost", "patience": 5, "params": params}}))
         words = [f"data.root={folder}", 'boost.features=["a", "b b", "noise", "age"]']
