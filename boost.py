@@ -23,7 +23,7 @@ from engine import boost_data, boost_report, boosting, folder, metrics, page, pi
 from engine.boost_data import Data, Fold, Part
 from engine.boost_report import OnRound, Watch
 from engine.boosters import LIBRARIES
-from engine.boosting import BoostPredictor, fold_file
+from engine.boosting import BoostPredictor, fold_file, read_fold
 from engine.config import UserError
 from engine.prediction_files import columns, write_tables
 from engine.settings import Settings, command_line, parse
@@ -52,8 +52,8 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
         library.params(settings)  # what is wrong with them is said before anything else
         if run:
             (run / "folds").mkdir(exist_ok=True)
+            done = folds_done(run, library.suffix, data, folds)
             folder.write_inputs(run, info, data.table.preprocessing)
-            done = folds_done(run, data, folds)
             chosen = [f"features: {', '.join(data.names)}"] if settings.boost.features else []
             for line in (f"run folder {run}", *data.table.notes, *chosen, f"folds done: {done} of {len(folds)}"):
                 process.say(line)
@@ -73,12 +73,12 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
         return conclude(run, settings, data, folds, tracker) if run else {"best": over_folds(np.mean, scores), "step": round(np.mean(steps))}
 
 
-def folds_done(run: Path, data: Data, folds: list[Fold]) -> int:
+def folds_done(run: Path, suffix: str, data: Data, folds: list[Fold]) -> int:
     """Raises UserError where they were made of other rows."""
     for number, fold in enumerate(folds):
-        if not (path := fold_file(run, number, ".json")).exists():
+        if not (record := read_fold(run, number, suffix)):
             return number
-        if json.loads(path.read_text())["data"] != data.mark(fold):
+        if record["data"] != data.mark(fold):
             raise UserError(f"{run}: fold {number} was boosted on other data than these; set run.dir to another folder, or bring the files back")
     return len(folds)
 
@@ -118,25 +118,25 @@ def over_folds(function: Callable[[list[float]], Any], scores: list[dict[str, fl
 def conclude(run: Path, settings: Settings, data: Data, folds: list[Fold], tracker: tracking.Tracker) -> dict[str, Any]:
     """Out-of-fold predictions, scores, importances and pictures, all from the model files as infer.py reads them."""
     predictor, table, parts = BoostPredictor(run), data.table, [Part(data, held) for _, held in folds]
-    records = [json.loads(fold_file(run, number, ".json").read_text()) for number in range(len(folds))]
     predicted = [predictor.library.predict(booster, data.matrix[part.rows]) for booster, part in zip(predictor.boosters, parts, strict=True)]
     scorer = boosting.scorer_of(settings, table.info)
     scores = [boosting.score(scorer, part, some) for part, some in zip(parts, predicted, strict=True)]
     rows, numbers = np.concatenate([part.rows for part in parts]), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     order = np.argsort(rows)
-    ids = {settings.data.id: [table.ids[row] for row in rows[order]]} if table.ids else {}
+    ids = {settings.data.id: table.ids.take(rows[order])} if table.ids else {}
     out_of_fold = columns(table.info.labels, np.concatenate(predicted)[order], logits=False)
     write_tables(iter([ids | {"row": rows[order], "fold": numbers[order]} | out_of_fold]), run / "oof.parquet")
 
-    rounds = [{"fold": record["fold"], "best_round": record["best_round"], "valid": valid} for record, valid in zip(records, scores, strict=True)]
+    done = zip(predictor.folds, scores, strict=True)
+    rounds = [{"fold": record["fold"], "best_round": record["best_round"], "valid": valid} for record, valid in done]
     result = {"best": over_folds(np.mean, scores), "folds": rounds}
     if len(folds) > 1:
         result["spread"] = over_folds(lambda values: np.std(values, ddof=1), scores)  # NaN where a score is
     predictions, target = np.concatenate(predicted), table.target[rows]
     if "test" in table.rows:
         result["test"], predictions, target = predictor.score(Part(data, table.rows["test"]))
-    result["clock"] = {"seconds": round(sum(record["clock"]["seconds"] for record in records), 3)}
-    boost_report.draw_rounds(records, run / "curves.png")
+    result["clock"] = {"seconds": round(sum(record["clock"]["seconds"] for record in predictor.folds), 3)}
+    boost_report.draw_rounds(predictor.folds, run / "curves.png")
     shown = [run / "curves.png", run / pictures.draw_predictions(table.info, predictions, target, run), run / "importance.png"]
     explained = boost_report.importance(run, predictor, parts)
     folder.write_text(run / "result.json", json.dumps(result, indent=1))

@@ -72,8 +72,10 @@ class Predictor:
         return torch.cat([output for _, output in parts]).numpy()
 
     def split(self, part: str) -> Any:
-        """A part of the run's own data; None where there is no such part."""
-        return getattr(config.module("data", self.settings.data.name).load(self.settings.data, self.settings.task.kind), part)
+        """A part of the run's own data; None where there is no such part. Raises UserError where they have changed."""
+        splits = config.module("data", self.settings.data.name).load(self.settings.data, self.settings.task.kind)
+        folder.require_learned(self.path, splits.info, splits.preprocessing)
+        return getattr(splits, part)
 
     def read(self, source: Path, rows: int) -> Iterator[Any]:
         """A file to predict, in chunks."""
@@ -185,6 +187,8 @@ def main() -> None:
         raise UserError(f"--output {options.output}: is the input itself; name another file")
     if options.output and options.output.suffix not in (".csv", ".parquet"):
         raise UserError(f"--output {options.output}: must end in .csv or .parquet")
+    if options.output and options.output.is_dir():
+        raise UserError(f"--output {options.output}: is a folder; name a file in it")
     if options.output and not options.output.parent.is_dir():
         raise UserError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
     device = start_processes()

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-MARGIN = 1e-7  # scikit-learn's BOUNDS_THRESHOLD: how near to a bound counts as on it
+MARGIN = 1e-7  # scikit-learn's BOUNDS_THRESHOLD: how near to a bound counts as on it; here a share of ranges below 1, or they would vanish
 
 
 def learn(numeric: np.ndarray, train: np.ndarray, transform: str, seed: int) -> dict[str, list]:
@@ -41,8 +41,9 @@ def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     references = np.linspace(0, 1, len(quantiles))
     # Upwards and downwards, since np.interp takes one end of repeated quantiles: the mean is their middle.
     shares = (np.interp(values, quantiles, references) - np.interp(-values, -quantiles[::-1], -references[::-1])) / 2
-    shares[values + MARGIN > quantiles[-1]] = 1
-    shares[values - MARGIN < quantiles[0]] = 0
+    near = MARGIN * min(1, quantiles[-1] - quantiles[0])
+    shares[values + near > quantiles[-1]] = 1
+    shares[values - near < quantiles[0]] = 0
     margin = MARGIN - np.spacing(1)
     low, high = torch.special.ndtri(torch.tensor([margin, 1 - margin], dtype=torch.float64)).tolist()
     return torch.special.ndtri(torch.from_numpy(shares)).clamp(low, high).numpy()

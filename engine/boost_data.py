@@ -43,8 +43,9 @@ class Data:
 
     @functools.cached_property
     def checksum(self) -> int:
-        """Of matrix and target, made once."""
-        return zlib.crc32(np.ascontiguousarray(self.table.target), zlib.crc32(np.ascontiguousarray(self.matrix)))
+        """Of matrix, target and sample weights, made once."""
+        mark = zlib.crc32(np.ascontiguousarray(self.table.target), zlib.crc32(np.ascontiguousarray(self.matrix)))
+        return mark if self.table.weights is None else zlib.crc32(np.ascontiguousarray(self.table.weights), mark)
 
 
 @dataclasses.dataclass

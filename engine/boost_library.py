@@ -62,6 +62,8 @@ class Library:
             given = values[key].split(",") if isinstance(values[key], str) else values[key]
             if not isinstance(given, dict) and (len(given) if isinstance(given, list) else 1) != len(self.names):  # LightGBM ends the process
                 raise UserError(f"boost.params.{key} = {values[key]}: needs a value for each of the {len(self.names)} features")
+        if values.get("sigmoid", 1) != 1:
+            raise UserError(f"boost.params.sigmoid = {values['sigmoid']}: would make its raw scores other numbers than logits; take it out")
         for key in ("booster", "boosting", "boosting_type", "boost"):
             if values.get(key) == "dart" and settings.boost.patience:
                 raise UserError(f'boost.params.{key} = "dart": later trees change earlier ones, so no round is the best; set boost.patience = 0')

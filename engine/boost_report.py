@@ -39,6 +39,8 @@ class Watch:
         self.bar = tqdm(total=settings.boost.rounds, desc=self.title, unit="round", disable=silent, leave=False, mininterval=0.5)
 
     def __call__(self, rounds: int, metric: str, value: float, train: Callable[[], float], predictions: Callable[[], np.ndarray]) -> None:
+        if rounds == 1:  # before hours are spent on what cannot be scored
+            boosting.require_kind(predictions(), self.part.data.table.info)
         self.metric = metric
         self.valid.append(value)
         self.bar.update()
@@ -70,7 +72,10 @@ def importance(run: Path, predictor: BoostPredictor, parts: list[Part]) -> tuple
         count = min(EXPLAINED, WORK // max(1, int(split.sum()))) // len(parts)
         some = np.sort(generator.permutation(part.rows)[: max(20, count)])
         explained += len(some)
-        shares = predictor.library.contributions(booster, data.matrix[some])
+        try:
+            shares = predictor.library.contributions(booster, data.matrix[some])
+        except predictor.library.error:  # of linear trees there are none, nor of trees with several outputs
+            shares = np.full((len(some), len(data.names) + 1), np.nan)
         found.append([gain, split, np.abs(shares.reshape(len(some), -1, len(data.names) + 1)[..., :-1]).mean(axis=(0, 1))])
     table = pd.DataFrame(np.mean(found, axis=0).T, data.names, ["gain", "split", "shap"]).rename_axis("feature")
     table = table.sort_values(["shap", "gain"], ascending=False)

@@ -55,6 +55,8 @@ class LightGBM(Library):
         def after(env: Any) -> None:
             if said:  # also a line for each tree that could not be split
                 self.refuse(re.findall(r"Unknown parameter: (\S+)", " ".join(said)))
+                for first, second in re.findall(r"(\S+) is set=.*?, (\S+)=.*? will be ignored", " ".join(said)):
+                    raise UserError(f"boost.params.{second}: lightgbm takes it for {first}, which is set too; take one of the two out")
                 said.clear()
             if not env.evaluation_result_list:
                 raise UserError(f"boost.params.metric = {params.get('metric')!r}: lightgbm measures nothing by it; name one of its metrics")
@@ -76,11 +78,8 @@ class LightGBM(Library):
         return booster.feature_importance("gain"), booster.feature_importance("split")
 
     def contributions(self, booster: Any, matrix: np.ndarray) -> np.ndarray:
-        """Shapley contributions [n, (features + 1) x outputs]."""
-        try:
-            return booster.predict(matrix, pred_contrib=True)
-        except self.error:  # linear trees have none
-            return np.full((len(matrix), len(self.names) + 1), np.nan)
+        """Shapley contributions [n, (features + 1) x outputs]. Raises the library's error for trees that have none."""
+        return booster.predict(matrix, pred_contrib=True)
 
 
 class XGBoost(Library):
@@ -117,22 +116,9 @@ class XGBoost(Library):
         return self.named[name]
 
     def train(self, data: Data, fold: Fold, settings: Settings, watch: Any) -> tuple[Any, int]:
-        """As LightGBM's. Bins depend on a fold's training rows, so folds share none."""
+        """As LightGBM's."""
         params, boost, stops = self.params(settings), settings.boost, []
-        bins = {name: params[name] for name in params.keys() & {"max_bin"}}
-        # The other tree methods look at the values themselves.
-        binned = self.module.QuantileDMatrix if params.get("tree_method", "auto") in ("auto", "hist") else self.module.DMatrix
-        key = str((boost.folds, bins, binned))
-        if boost.folds or key not in data.binned:
-            sets: list[Any] = [None]
-            for rows, weights in zip(fold, (data.weights(fold[0], True), data.weights(fold[1])), strict=True):
-                own = {"label": data.table.target[rows], "weight": weights, **self.columns}
-                # By the bins of a fold that lacks a category its rows would count as another's.
-                plain = binned is self.module.DMatrix or (boost.folds and self.info.categories and len(sets) > 1)
-                with self.checking():
-                    sets.append(self.module.DMatrix(data.matrix[rows], **own) if plain else binned(data.matrix[rows], ref=sets[-1], **bins, **own))
-            data.binned = {key: sets[1:]}
-        train, valid = data.binned[key]
+        train, valid = self.bin(data, fold, params, boost.folds)
         with self.checking():
             self.module.Booster(params, [train, valid])
 
@@ -154,6 +140,23 @@ class XGBoost(Library):
             booster = self.module.train(params, train, boost.rounds, evals=[(valid, "valid")], verbose_eval=False, callbacks=[call])
         best = booster.best_iteration + 1 if boost.patience else booster.num_boosted_rounds()
         return booster[:best], best
+
+    def bin(self, data: Data, fold: Fold, params: dict[str, Any], folds: int) -> list[Any]:
+        """Training and validation rows as the library takes them. Bins depend on the training rows: trials share them, folds do not."""
+        bins = {name: params[name] for name in params.keys() & {"max_bin"}}
+        # The other tree methods look at the values themselves.
+        binned = self.module.QuantileDMatrix if params.get("tree_method", "auto") in ("auto", "hist") else self.module.DMatrix
+        key, sets = str((bins, binned)), [None]
+        if not folds and key in data.binned:
+            return data.binned[key]
+        for rows, weights in zip(fold, (data.weights(fold[0], True), data.weights(fold[1])), strict=True):
+            own = {"label": data.table.target[rows], "weight": weights, **self.columns}
+            # By the bins of a fold that lacks a category its rows would count as another's.
+            plain = binned is self.module.DMatrix or (folds and self.info.categories and len(sets) > 1)
+            with self.checking():
+                sets.append(self.module.DMatrix(data.matrix[rows], **own) if plain else binned(data.matrix[rows], ref=sets[-1], **bins, **own))
+        data.binned = {} if folds else {key: sets[1:]}
+        return sets[1:]
 
     def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False, **more: bool) -> np.ndarray:
         return booster.predict(self.module.DMatrix(matrix, **self.columns), output_margin=margin, **more)

@@ -1,5 +1,6 @@
 """Scores of boosted models, and prediction from their files."""
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from engine import config, evaluate, folder, settings
-from engine.boost_data import Part, prepare, to_matrix
+from engine.boost_data import Data, Part, prepare, to_matrix
 from engine.boosters import LIBRARIES
 from engine.config import UserError
 from engine.settings import Settings
@@ -22,6 +23,12 @@ def margins(predictions: np.ndarray, info: Any) -> np.ndarray:
         return predictions.astype(np.float64)
     probabilities = np.clip(predictions.astype(np.float64), 1e-15, 1 - 1e-15)
     return np.log(probabilities) - (np.log1p(-probabilities) if predictions.ndim == 1 else 0)
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """float64 of logits [n] or [n, classes]."""
+    values = torch.from_numpy(logits.astype(np.float64))
+    return (values.sigmoid() if values.ndim == 1 else values.softmax(1)).numpy()
 
 
 def own_metrics(settings: Settings) -> Any:
@@ -39,11 +46,16 @@ def scorer_of(settings: Settings, info: Any, names: Sequence[str] = ()) -> evalu
     return evaluate.Scorer(task, info, model_file, torch.device("cpu"))
 
 
+def require_kind(predictions: np.ndarray, info: Any) -> None:
+    """Raises UserError where they are not what the kind of task is scored by."""
+    what = "probabilities of the classes" if info.labels else "one number a row"
+    shape = (info.outputs,) if info.kind == "multiclass" else ()
+    if predictions.shape[1:] != shape or (info.labels and (predictions.min() < 0 or predictions.max() > 1 + 1e-6)):
+        raise UserError(f"boost.params: with these the library does not predict {what}; take another objective, or none")
+
+
 def add_scores(scorer: evaluate.Scorer, predictions: np.ndarray, target: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-    """Count rows into a scorer by their probabilities or values. Raises UserError for what are no probabilities."""
-    classes = (scorer.info.outputs,) if scorer.info.kind == "multiclass" else ()
-    if scorer.info.labels and (predictions.shape[1:] != classes or predictions.min() < 0 or predictions.max() > 1 + 1e-6):
-        raise UserError("boost.params.objective: predicts no probabilities of the classes; take another one, or none")
+    """Count rows into a scorer by their probabilities or values."""
     target = target.long() if predictions.ndim == 2 else target.float()
     scorer.add(torch.from_numpy(margins(predictions, scorer.info)), {"target": target}, weights)
 
@@ -59,6 +71,13 @@ def fold_file(run: Path, number: int, suffix: str) -> Path:
     return run / "folds" / f"fold{number}{suffix}"
 
 
+def read_fold(run: Path, number: int, suffix: str) -> dict[str, Any] | None:
+    """The record of a fold that is done; None where its files are not there, or not as they were written."""
+    model, record = fold_file(run, number, suffix), fold_file(run, number, ".json")
+    found = json.loads(record.read_text()) if model.exists() and record.exists() else None
+    return found if found and found["sha256"] == sha256(model) else None
+
+
 class BoostPredictor:
     """The boosters of a run folder, averaged over folds; to infer.py what Predictor is."""
 
@@ -67,22 +86,28 @@ class BoostPredictor:
         self.info, self.preprocessing = folder.read_info(path), folder.read_preprocessing(path)
         names, boost = self.preprocessing["numeric"] + self.preprocessing["categorical"], self.settings.boost
         self.library = LIBRARIES[boost.library](self.info, names)
-        models = [fold_file(path, number, self.library.suffix) for number in range(max(1, boost.folds))]
-        for model in models:
-            record = model.with_suffix(".json")
-            if not model.exists() or not record.exists():
-                raise UserError(f"{path}: the run has not ended, {model.name} of {len(models)} folds is missing; the same boost.py command goes on")
-            if sha256(model) != json.loads(record.read_text())["sha256"]:
-                raise UserError(f"{model}: is damaged; delete it with {record.name}, and the same boost.py command makes that fold again")
-        self.boosters = [self.library.load(model) for model in models]
+        suffix, numbers = self.library.suffix, range(max(1, boost.folds))
+        self.folds = [read_fold(path, number, suffix) for number in numbers]
+        if None in self.folds:
+            ended = (path / "result.json").exists()
+            what = "is missing or damaged" if ended else "the run has not ended and has no such fold"
+            remedy = f"delete {path}/result.json, and the same boost.py command makes it again" if ended else "the same boost.py command goes on"
+            raise UserError(f"{fold_file(path, self.folds.index(None), suffix)}: {what}; {remedy}")
+        self.boosters = [self.library.load(fold_file(path, number, suffix)) for number in numbers]
 
     def scorer(self) -> evaluate.Scorer:
         return scorer_of(self.settings, self.info)
 
     def split(self, part: str) -> Part | None:
         """A part of the run's own data; None where there is no such part."""
+        return Part(self.data, self.data.table.rows[part]) if part in self.data.table.rows else None
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """The run's own, read once. Raises UserError where they have changed."""
         data = prepare(self.settings)
-        return Part(data, data.table.rows[part]) if part in data.table.rows else None
+        folder.require_learned(self.path, data.table.info, data.table.preprocessing)
+        return data
 
     def read(self, source: Path, rows: int) -> Iterator[Any]:
         """A file to predict, in chunks."""
@@ -95,18 +120,23 @@ class BoostPredictor:
         return scorer.compute(), predictions, dataset.__getitems__(torch.arange(len(dataset)))["target"].numpy()
 
     def predict(self, dataset: Any, logits: bool, scorer: evaluate.Scorer | None) -> np.ndarray:
-        """Probabilities (or margins) [n] or [n, classes], or values [n]: the mean over folds, in the rows' order."""
+        """Probabilities (or their logits) [n] or [n, classes], or values [n]: the mean over folds, in the rows' order."""
         positions = torch.arange(len(dataset))
         batch, weights_of = dataset.__getitems__(positions), getattr(dataset, "weights", lambda _: None)
         numeric = batch["numeric"].numpy() if "numeric" in batch else np.empty((len(dataset), 0), np.float32)
         matrix = to_matrix(numeric, batch["categorical"].numpy()) if "categorical" in batch else numeric
+        predictions = self.average(matrix, False)
         if scorer:
-            add_scores(scorer, self.average(matrix, False), batch["target"], weights_of(positions))
-        return self.average(matrix, logits and bool(self.info.labels))
+            add_scores(scorer, predictions, batch["target"], weights_of(positions))
+        return self.average(matrix, True) if logits and self.info.labels else predictions
 
-    def average(self, matrix: np.ndarray, margin: bool) -> np.ndarray:
-        folds = [self.library.predict(booster, matrix, margin) for booster in self.boosters]
-        return folds[0] if len(folds) == 1 else np.mean(folds, axis=0, dtype=np.float64)
+    def average(self, matrix: np.ndarray, logits: bool) -> np.ndarray:
+        folds = [self.library.predict(booster, matrix, logits) for booster in self.boosters]
+        if len(folds) == 1:
+            return folds[0]
+        # Logits of the mean probability, not the mean logit: whichever is asked for, it is one prediction.
+        mean = np.mean([probabilities(fold) for fold in folds] if logits else folds, axis=0, dtype=np.float64)
+        return margins(mean, self.info) if logits else mean
 
     def held_out(self) -> np.ndarray:
         """Predictions of the validation part, of each row by the fold that was not trained on it. Raises UserError."""
@@ -114,7 +144,7 @@ class BoostPredictor:
 
         if not (self.path / "oof.parquet").exists():
             raise UserError(f"{self.path}: the run has not ended; the same boost.py command goes on")
-        table, rows = parquet.read_table(self.path / "oof.parquet").to_pandas().set_index("row"), prepare(self.settings).table.rows["valid"]
+        table, rows = parquet.read_table(self.path / "oof.parquet").to_pandas().set_index("row"), self.data.table.rows["valid"]
         if len(missing := np.setdiff1d(rows, table.index)):
             raise UserError(f"{self.path}: {len(missing)} validation rows have no out-of-fold prediction; no weights can be fitted to them")
         predictions = table.loc[rows, [f"probability_{label}" for label in self.info.labels] or ["prediction"]].to_numpy()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 from pathlib import Path
 from typing import IO, Any
@@ -59,7 +60,10 @@ def write_inputs(run: Path, info: Any, preprocessing: dict[str, Any], files: dic
     """What was learned from the training data, in JSON: with it and the weights a new file can be predicted.
 
     `files`, texts by name (a tokenizer, a transformers config), stand in files/ and come into best/ under these names.
+    Raises UserError where a run that goes on had learned something else.
     """
+    if checkpoint.folders(run) and (run / "preprocessing.json").exists():
+        require_learned(run, info, preprocessing)
     write_text(run / "info.json", json.dumps(dataclasses.asdict(info), indent=1))
     write_text(run / "preprocessing.json", json.dumps(preprocessing))
     for name, text in files.items():
@@ -78,6 +82,27 @@ def read_result(run: Path) -> dict[str, Any]:
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:
     return read_json(folder / "preprocessing.json") | {"folder": str(folder)}
+
+
+def require_learned(folder: Path, info: Any, preprocessing: dict[str, Any]) -> None:
+    """Raises UserError where the data teach today what the run did not learn: its model would take their codes and scales for its own."""
+    learned = ("labels", "target_mean")
+    before = {name: value for name, value in read_json(folder / "info.json").items() if name in learned} | read_json(folder / "preprocessing.json")
+    now = json.loads(json.dumps({name: getattr(info, name) for name in learned} | preprocessing))
+    if changed := [name for name in now if not alike(before.get(name), now[name])]:
+        what = f"data.train is not what this run learned from (other {', '.join(changed)})"
+        raise UserError(f"{folder}: {what}; bring the file back; new rows are predicted by --input, or trained on in another run.dir")
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Of what JSON holds; numbers may differ by what another processor rounds."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12)
+    return one == other
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 
-from engine import boosting
+from engine import boosting, process
 from engine.config import UserError
 
 
@@ -45,7 +44,7 @@ def write_tables(tables: Iterator[dict[str, Any]], target: Path | None) -> None:
             writer.close()
             os.replace(aside, target)
     except OSError as error:
-        raise UserError(f"--output {target}: cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
     finally:
         if aside.exists():
             aside.unlink()
@@ -82,8 +81,10 @@ class Saved:
             values = np.array(np.nan)
         if not np.isfinite(values).all():
             raise UserError(f"{path}: {', '.join(names)} hold what is no number; write the predictions again")
-        values = torch.from_numpy(values).softmax(1).numpy() if names[0].startswith("logit_") else values
+        values = boosting.probabilities(values) if names[0].startswith("logit_") else values
         self.values = values if len(labels) > 2 else values[:, -1]
+        if [*self.ids] == ["row"]:
+            process.say(f"warning: {path}: its rows are told by their numbers alone, so they must come from the file that is voted on; see data.id")
 
     def split(self, _: str) -> slice:
         return slice(None)

@@ -218,6 +218,7 @@ PARAMS_ELSEWHERE = {
     "boost.device": "device device_type gpu_id",
     "run.seed": "seed random_seed random_state",
     "boost.params.objective": "objective_type app application loss",
+    "data.categorical": "categorical_feature cat_feature categorical_column cat_column categorical_features feature_types",
     "boost.py": "verbosity verbose silent",
 }
 """names that the libraries give to what has a key here"""

@@ -77,7 +77,9 @@ def run_folder(settings: Settings, script: str = "train") -> Path:
 def detail(settings: Settings, script: str = "train") -> str:
     """<hyper-parameters>-<letters of all that makes another experiment>. Where they are too many the longest give way; none is cut in two."""
     if boosts(settings, script):
-        chosen, last = {"folds": settings.boost.folds, "features": len(settings.boost.features) or "", **settings.boost.params}, []
+        named = "+".join(settings.boost.features)
+        features = named if len(named) <= 40 else len(settings.boost.features)
+        chosen, last = {"folds": settings.boost.folds, "features": features, **settings.boost.params}, []
     else:
         chosen = {key: value for key, value in settings.model.model_dump().items() if key not in ("name", "label", "pretrained")}
         last = [settings.train.precision, f"batch={settings.train.batch_size}", f"lr={settings.optim.lr:g}"]

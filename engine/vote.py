@@ -55,7 +55,7 @@ class Vote:
         if any(dataset is None for dataset in sets):
             return None
         truth, ids = self.targets(sets, self.first), {"row": range(len(sets[self.first]))}
-        if any(isinstance(member, Saved) and "row" not in member.ids for member in self.members):
+        if any(isinstance(member, Saved) for member in self.members):
             ids |= ids_of(self.members[self.first], part)
         for place, member in enumerate(self.members):
             if isinstance(member, Saved):
@@ -123,8 +123,8 @@ class Vote:
         return weights_of(torch.arange(len(sets[self.first]))) if weights_of else None
 
     def mix(self, parts: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
-        mixed = torch.from_numpy(np.tensordot(weights, np.array(parts, np.float64), 1))
-        return (mixed if not self.logit else mixed.sigmoid() if mixed.ndim == 1 else mixed.softmax(1)).numpy()
+        mixed = np.tensordot(weights, np.array(parts, np.float64), 1)
+        return boosting.probabilities(mixed) if self.logit else mixed
 
     def fit(self) -> None:
         """Find the convex weights with the smallest log loss, or squared error, on the validation part. Raises UserError."""
@@ -169,7 +169,7 @@ def ids_of(run: Any, part: str) -> dict[str, list[str]]:
     """The id columns, as texts, of a part that is a file. Raises UserError for one that was cut off another."""
     data = run.settings.data
     if not getattr(data, part, ""):
-        raise UserError(f"{run.path}: its {part} rows were cut off data.train, so saved predictions with ids cannot be compared; give the run")
+        raise UserError(f"{run.path}: its {part} rows were cut off data.train, so a file of predictions cannot be of these; give its run")
     chunks = [chunk.ids for chunk in run.read(data.path(getattr(data, part)), 65_536)]
     return {name: texts_of([value for ids in chunks for value in ids[name]]) for name in chunks[0]}
 

@@ -89,6 +89,7 @@ def number_embeddings(config: Config, info: Info) -> nn.Module | None:
         raise UserError('model.numbers = "piecewise": needs the quantiles of the data; set data.numeric_transform = "quantile"')
     shares = torch.linspace(0, 1, config.bins + 1, dtype=torch.float64)
     edges = [torch.tensor(column, dtype=torch.float64).quantile(shares).float().unique() for column in info.more["quantiles"]]
+    edges = [column if len(column) > 1 else torch.cat([column, column + 1]) for column in edges]  # of one value and gaps
     return embeddings.PiecewiseLinearEmbeddings(edges, config.embedding, activation=False, version="B")
 
 

@@ -1,5 +1,6 @@
 """Boosting: the libraries' own numbers, folds, runs that were killed, new files, wrong input."""
 
+import functools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xgboost
+from scipy import stats
 
 import boost as script
 import commands
@@ -19,8 +21,8 @@ import infer
 from boost import boost
 from data import table
 from data.table import read
-from engine import boost_data, boost_report, boosters, screen
-from engine.boosting import BoostPredictor
+from engine import boost_data, boost_report, boosters, screen, tracking
+from engine.boosting import BoostPredictor, probabilities
 from engine.config import UserError, dump_toml
 from engine.settings import parse
 
@@ -103,8 +105,14 @@ def test_predictions_from_the_files_are_those_in_memory(folder, tmp_path, monkey
             np.testing.assert_array_equal(mine, predictor.library.predict(loaded, data.matrix, margin))
         trees = loaded.num_trees() / loaded.num_model_per_iteration() if library == "lightgbm" else loaded.num_boosted_rounds()
         assert trees == best
-    scores, predictions, _ = predictor.score(boost_data.Part(data, data.table.rows["test"]))
+    test = boost_data.Part(data, data.table.rows["test"])
+    scores, predictions, _ = predictor.score(test)
     assert scores == result["test"]
+    # Of two folds it is the mean, and its logits are those of the mean.
+    each = [predictor.library.predict(booster, data.matrix[test.rows]) for booster in predictor.boosters]
+    np.testing.assert_array_equal(predictions, np.mean(each, axis=0, dtype=np.float64))
+    logits = predictor.predict(test, True, None)
+    np.testing.assert_allclose(logits if kind == "regression" else probabilities(logits), predictions, rtol=1e-5)
     # A file read anew gives the same, and so does what infer.py writes of it.
     dataset, _ = matrix_of(folder, settings)
     np.testing.assert_array_equal(predictor.predict(dataset, False, None), predictions)
@@ -180,15 +188,16 @@ def test_a_run_killed_in_its_third_fold_ends_with_the_same_files(folder, tmp_pat
 
 
 def test_sigterm_ends_with_143_and_the_folds_done_are_kept(folder, tmp_path):
-    words = [f"data.root={folder}", "boost.folds=2", "boost.rounds=100000", "boost.patience=0", f"run.dir={tmp_path / 'run'}"]
+    words = [f"data.root={folder}", "boost.folds=2", "boost.rounds=3000", "boost.patience=0", f"run.dir={tmp_path / 'run'}"]
     command = [sys.executable, str(commands.ROOT / "boost.py"), "--config", str(folder / "boost.toml"), *words]
     running = subprocess.Popen(command, env=commands.environment(), stdout=subprocess.PIPE, text=True)
     for line in running.stdout:
-        if "round 500" in line:
+        if "fold 2 of 2  round 500" in line:
             running.terminate()
             break
-    assert "the same command goes on" in running.stdout.read()
+    assert "stopped by a signal in fold 2 of 2; the same command goes on" in running.stdout.read()
     assert running.wait() == 143
+    assert {path.name for path in (tmp_path / "run/folds").iterdir()} == {"fold0.txt", "fold0.json"}
 
 
 def test_a_finished_run_is_left_and_another_config_refused(folder, tmp_path, capsys):
@@ -233,11 +242,40 @@ def test_new_files_are_read_as_the_training_file_was(folder, tmp_path, capsys, l
 
 
 def test_chosen_features_are_all_that_a_run_needs(folder, tmp_path):
+    assert "features=town+a" in tracking.run_folder(settings_of(folder, 'boost.features=["town", "a"]'), "boost").name
     settings = settings_of(folder, 'boost.features=["town", "a"]', f"run.dir={tmp_path / 'run'}")
     boost(settings)
     assert set(pd.read_csv(tmp_path / "run/importance.csv")["feature"]) == {"a", "town"}
     rows(20, 3)[["town", "a"]].to_csv(tmp_path / "two.csv", index=False)
     assert len(BoostPredictor(tmp_path / "run").read(tmp_path / "two.csv", 100).__next__().dataset) == 20
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_importances_are_the_librarys_own(folder, tmp_path, library):
+    settings = settings_of(folder, f"boost.library={library}", *TARGETS["multiclass"], f"run.dir={tmp_path / 'run'}")
+    boost(settings)
+    predictor, data = BoostPredictor(tmp_path / "run"), boost_data.prepare(settings)
+    valid, table_ = data.matrix[data.table.rows["valid"]], pd.read_csv(tmp_path / "run/importance.csv", index_col="feature")
+    assert len(valid) < boost_report.EXPLAINED
+    (booster,) = predictor.boosters
+    if library == "lightgbm":
+        shares = booster.predict(valid, pred_contrib=True).reshape(len(valid), 3, -1)
+        gain, split = booster.feature_importance("gain"), booster.feature_importance("split")
+    else:
+        shares = booster.predict(xgboost.DMatrix(valid, **predictor.library.columns), pred_contribs=True)
+        gain, split = (booster.get_score(importance_type=kind) for kind in ("total_gain", "weight"))
+        gain, split = ([found.get(name, 0) for name in booster.feature_names] for found in (gain, split))
+    for column, expected in {"gain": gain, "split": split, "shap": np.abs(shares).mean(axis=(0, 1))[:-1]}.items():
+        np.testing.assert_allclose(table_.loc[data.names, column], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("library", "tree"), [("lightgbm", "linear_tree=true"), ("xgboost", "multi_strategy=multi_output_tree")])
+def test_trees_that_have_no_shapley_values_have_the_other_importances(folder, tmp_path, library, tree):
+    words = [f"boost.library={library}", f"boost.params.{tree}", 'boost.features=["a", "noise"]', *TARGETS["multiclass"]]
+    boost(settings_of(folder, *words, f"run.dir={tmp_path / 'run'}"))
+    table_ = pd.read_csv(tmp_path / "run/importance.csv", index_col="feature")
+    assert table_["shap"].isna().all()
+    assert (table_.loc["a", ["gain", "split"]] > 0).all()
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -311,6 +349,24 @@ def test_the_screen_keeps_what_tells_and_writes_a_config(folder, tmp_path, kind,
     passed = screen.screen(settings_of(folder, *words))
     assert {"a", "town"} <= set(passed) <= {"a", "town", "b b"}
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"screen.csv", "screen.png", "screen.toml"}
+    # By SciPy, on the training rows as they stand in the file.
+    data = boost_data.prepare(settings_of(folder, *words))
+    train = pd.read_csv(folder / "train.csv").iloc[data.table.rows["train"]]
+    target = {"binary": "yes", "multiclass": "three", "regression": "amount"}[kind]
+    towns = train["town"].fillna("")
+    known = train[train["b b"].notna()]
+    groups = [known["b b"][known[target] == label] for label in data.table.info.labels]
+    if kind == "regression":
+        numbers = {"rank": stats.spearmanr, "mean": stats.pearsonr}[by](known["b b"], known[target])
+        words_ = {"rank": stats.kruskal, "mean": stats.f_oneway}[by](*(part for _, part in train[target].groupby(towns)))
+    else:
+        tests = {"rank": (stats.mannwhitneyu, stats.kruskal), "mean": (functools.partial(stats.ttest_ind, equal_var=False), stats.f_oneway)}
+        numbers = tests[by][len(groups) > 2](*groups)
+        words_ = stats.chi2_contingency(pd.crosstab(towns, train[target]))
+    table_ = pd.read_csv(tmp_path / "run/screen.csv", index_col="feature")
+    assert table_.loc["b b", "p"] == pytest.approx(numbers.pvalue, rel=1e-6)
+    assert table_.loc["town", "p"] == pytest.approx(words_.pvalue, rel=1e-6)
+    np.testing.assert_allclose(table_["corrected_p"], stats.false_discovery_control(table_["p"]), rtol=1e-6)
     settings = parse([folder / "boost.toml", tmp_path / "run/screen.toml"], [f"data.root={folder}", *TARGETS[kind]])
     assert boost_data.prepare(settings).names == passed
 
@@ -348,6 +404,7 @@ def test_a_town_that_only_held_out_rows_have_is_judged_as_it_will_be_predicted(f
     made.to_csv(tmp_path / "train.csv", index=False)
     words = [f"data.root={tmp_path}", "data.test=", "boost.folds=3", f"boost.library={library}", f"run.dir={tmp_path / 'run'}"]
     result = boost(parse([folder / "boost.toml"], words))
+    assert {"Lima", "Quito", "Aachen"} & {*json.loads((tmp_path / "run/preprocessing.json").read_text())["vocabularies"]["town"]}
     for number, fold in enumerate(result["folds"]):
         record = json.loads((tmp_path / f"run/folds/fold{number}.json").read_text())
         assert record["valid"][record["best_round"] - 1] == pytest.approx(fold["valid"]["loss"], rel=1e-6)
@@ -358,17 +415,38 @@ def test_damaged_folds_and_other_data_are_refused(folder, tmp_path, library):
     (tmp_path / "train.csv").write_bytes((folder / "train.csv").read_bytes())
     settings = parse([folder / "boost.toml"], [f"data.root={tmp_path}", "data.test=", f"boost.library={library}", f"run.dir={tmp_path / 'run'}"])
     boost(settings)
-    (tmp_path / "run/result.json").unlink()  # as if killed while it concluded
+    model = tmp_path / "run/folds" / f"fold0{boosters.LIBRARIES[library].suffix}"
+    whole, learned = model.read_bytes(), (tmp_path / "run/preprocessing.json").read_bytes()
+    model.write_bytes(whole[:3000])
+    with pytest.raises(UserError, match=r"fold0.* is missing or damaged; delete .*result\.json"):
+        BoostPredictor(tmp_path / "run")
+    (tmp_path / "run/result.json").unlink()  # as the message says; also as if killed while it concluded
+    (tmp_path / "run/oof.parquet").unlink()
+    boost(settings)
+    assert model.read_bytes() == whole
+    (tmp_path / "run/result.json").unlink()
     (tmp_path / "run/oof.parquet").unlink()
     with pytest.raises(UserError, match="has not ended"):
         BoostPredictor(tmp_path / "run").held_out()
-    rows(600, 9).to_csv(tmp_path / "train.csv", index=False)
+    other = rows(600, 9)
+    other.loc[5, "town"] = "Aachen"
+    other.to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(UserError, match="other data"):
         boost(settings)
-    model = tmp_path / "run/folds" / f"fold0{boosters.LIBRARIES[library].suffix}"
-    model.write_bytes(model.read_bytes()[:3000])
-    with pytest.raises(UserError, match="damaged"):
-        BoostPredictor(tmp_path / "run")
+    assert (tmp_path / "run/preprocessing.json").read_bytes() == learned
+    with pytest.raises(UserError, match=r"data\.train is not what this run learned from \(other vocabularies\)"):
+        BoostPredictor(tmp_path / "run").split("valid")
+
+
+def test_other_sample_weights_are_other_data(folder):
+    settings = settings_of(folder, "data.weight=weight", 'data.drop=["three", "amount", "group"]')
+    data = boost_data.prepare(settings)
+    (fold,), before = boost_data.cut(settings, data), data.checksum
+    mark = data.mark(fold)
+    data.table.weights[7] += 1
+    del data.checksum
+    assert before != data.checksum
+    assert mark != data.mark(fold)
 
 
 def test_names_of_columns_may_hold_anything(folder, tmp_path):
@@ -416,6 +494,10 @@ MISTAKES = {
     "boost.library=xgboost boost.params.disable_default_eval_metric=1": ("eval_metric",),
     "boost.library=xgboost boost.params.objective=binary:logitraw": ("boost.params.objective", "no probabilities"),
     "data.id=row": ("data.id = 'row'",),
+    "boost.params={bagging_fraction=0.7,subsample=0.5}": ("boost.params.subsample", "bagging_fraction", "take one"),
+    "boost.params.categorical_feature=[1]": ("categorical_feature", "data.categorical"),
+    "boost.params.sigmoid=2": ("boost.params.sigmoid", "logits"),
+    "boost.library=xgboost data.target=amount data.drop=[] boost.params={objective='reg:quantileerror',quantile_alpha=[0.1,0.9]}": ("one number",),
     "boost.params.num_leafs=7": ("boost.params.num_leafs", "no such parameter"),
     "boost.params.num_leaves=1": ("lightgbm refuses", "num_leaves"),
     "boost.params.metric=foo": ("boost.params.metric", "'foo'"),

@@ -231,6 +231,25 @@ def test_a_predictor_gives_the_numbers_of_result_json(folder):
     assert report.scores_text(scores).startswith("loss ")
 
 
+def test_parts_of_a_file_that_has_changed_are_neither_scored_nor_trained_on(tmp_path):
+    """One more category moves the codes of those after it; other values move the scales."""
+    (tmp_path / "binary.toml").write_text(TABLE.format(name="binary"))
+    table("binary", 301).to_csv(tmp_path / "binary.csv", index=False)
+    train, test = ["train.py", "--config", "binary.toml", "run.dir=run"], ["infer.py", "run", "--split", "test"]
+    before = commands.many([[*train], [*test]], tmp_path)
+    assert [end.status for end in before] == [0, 0], before[0].text + before[1].text
+    learned = (tmp_path / "run/preprocessing.json").read_bytes()
+    changed = table("binary", 301)
+    changed.loc[:9, ["a", "b"]] = [9.0, "black"]  # not all of them are test rows
+    changed.to_csv(tmp_path / "binary.csv", index=False)
+    (tmp_path / "run/result.json").unlink()
+    for words in (test, [*train]):
+        (end,) = commands.many([words], tmp_path)
+        assert end.status == 2, end.text
+        assert "data.train is not what this run learned from (other vocabularies, scales)" in end.errors
+    assert (tmp_path / "run/preprocessing.json").read_bytes() == learned
+
+
 PEAK = """
 import atexit, re, runpy, sys
 atexit.register(lambda: print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], file=sys.stderr))

@@ -38,6 +38,9 @@ def folder(tmp_path_factory):
     for name in ["binary-deep", "binary-lightgbm", "multiclass-deep", "regression-lightgbm"]:
         lines += [["infer.py", folder / name, "--input", folder / "test.csv", "--output", folder / f"{name}.csv"]]
     lines += [["infer.py", folder / "binary-deep", "--input", folder / "test.csv", "--output", folder / "logits.parquet", "--logits"]]
+    for kind in ("binary", "multiclass"):
+        for name, words in {"folds": [], "folds-logits": ["--logits"]}.items():
+            lines += [["infer.py", folder / f"{kind}-xgboost", "--input", folder / "test.csv", "--output", folder / f"{kind}-{name}.parquet", *words]]
     for words, ended in zip(lines, commands.many(lines, folder), strict=True):
         assert ended.status == 0, (words, ended.text)
     return folder
@@ -215,6 +218,17 @@ def test_a_file_of_predictions_votes_as_its_run(folder, tmp_path, kind):
         assert same["accuracy"] == scores["accuracy"]
 
 
+@pytest.mark.parametrize("average", ["probability", "logit"])
+@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+def test_folds_are_one_prediction_saved_or_not_in_logits_or_not(folder, kind, average):
+    def voted(name):
+        vote = Vote(members(folder, f"{kind}-deep", name), [0.4, 0.6], average)
+        return vote.predict(vote.split("test"), False, None)
+
+    for name in ("folds", "folds-logits"):
+        np.testing.assert_allclose(voted(f"{kind}-{name}.parquet"), voted(f"{kind}-xgboost"), rtol=1e-4)
+
+
 def test_commands_and_mistakes(folder):
     one, two, three = folder / "binary-lightgbm", folder / "binary-xgboost", folder / "binary-deep"
     other = folder / "other"
@@ -254,6 +268,7 @@ def test_commands_and_mistakes(folder):
         (folder / "binary-deep.csv", *test): ("one run folder",),
         (one, folder / "test.csv", *test): ("test.csv", "'prediction'"),
         (one, gaps, *test): ("gaps.csv", "no number"),
+        (one, folder / "binary-deep.csv", "--split", "valid"): ("binary-lightgbm", "cut off data.train"),
         (one, two, "--weights", "nan", 1, *test): ("--weights", "sum to 1"),
         (one, folder / "gone", *test): ("gone", "no such file or folder"),
         (one, two, "--checkpoint", "step=1", *test): ("--checkpoint", "one run"),
@@ -267,6 +282,7 @@ def test_commands_and_mistakes(folder):
         said = [line for line in end.errors.splitlines() if line.startswith("error: ")]
         assert len(said) == 1, (words, end.errors)
         assert all(word in said[0] for word in expected), (words, said)
+    assert "binary-deep.csv: its rows are told by their numbers alone" in ended[2].out
     weights = next(line for line in ended[0].out.splitlines() if "--weights" in line).split()[-3:]
     assert sum(map(float, weights)) == pytest.approx(1)
 

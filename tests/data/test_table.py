@@ -351,6 +351,17 @@ def test_quantile_transform_equals_scikit_learns() -> None:
     assert np.allclose(_scale.to_normal(new, np.array(quantiles)), expected, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("unit", [1e-12, 1e-8, 1.0, 1e8])
+def test_quantile_transform_does_not_depend_on_the_unit(unit: float) -> None:
+    values = np.random.default_rng(0).lognormal(size=3000)
+
+    def normal(values: np.ndarray) -> np.ndarray:
+        return _scale.to_normal(values, np.array(_scale.learn_quantiles(values, len(values), np.random.default_rng(5))))
+
+    assert normal(values).std() > 0.9
+    assert np.allclose(normal(values * unit), normal(values), atol=1e-6)
+
+
 def test_quantiles_of_training_columns_are_kept_for_bins(tmp_path: Path) -> None:
     write(tmp_path, rows(300, "a,b,y", lambda i: f"{i**3},{i if i % 4 else ''},{i % 2}"))
     splits = load(tmp_path, numeric_transform="quantile")

@@ -74,6 +74,12 @@ def test_training_gives_every_member_and_evaluation_their_mean(kind, numbers, ar
     torch.testing.assert_close(shares, expected)
 
 
+def test_a_column_of_one_value_and_gaps_has_a_bin():
+    info = Info("binary", 1, ["no", "yes"], 1, more={"quantiles": [[0.0] * 257]})
+    model = Model(Config(**SMALL), info).train()
+    assert model({"numeric": torch.tensor([[0.0], [3.0]])}).isfinite().all()
+
+
 def test_averages_by_hand():
     two = torch.log(torch.tensor([[1 / 4, 4 / 1]]))  # probabilities 1/5 and 4/5, their mean 1/2
     assert averaged(two, "binary").item() == pytest.approx(0, abs=1e-6)
