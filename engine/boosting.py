@@ -125,10 +125,11 @@ class BoostPredictor:
         batch, weights_of = dataset.__getitems__(positions), getattr(dataset, "weights", lambda _: None)
         numeric = batch["numeric"].numpy() if "numeric" in batch else np.empty((len(dataset), 0), np.float32)
         matrix = to_matrix(numeric, batch["categorical"].numpy()) if "categorical" in batch else numeric
-        predictions = self.average(matrix, False)
-        if scorer:
-            add_scores(scorer, predictions, batch["target"], weights_of(positions))
-        return self.average(matrix, True) if logits and self.info.labels else predictions
+        logits = logits and bool(self.info.labels)
+        predictions = self.average(matrix, logits)
+        if scorer:  # by probabilities, whatever is asked for
+            add_scores(scorer, self.average(matrix, False) if logits else predictions, batch["target"], weights_of(positions))
+        return predictions
 
     def average(self, matrix: np.ndarray, logits: bool) -> np.ndarray:
         folds = [self.library.predict(booster, matrix, logits) for booster in self.boosters]
