@@ -42,7 +42,7 @@ def boost(settings: Settings, splits: Any = None, on_round: OnRound | None = Non
     run = None if trial else tracking.run_folder(settings, "boost")
     # The run folder stays locked until this file is closed.
     with folder.claim(run, settings, "boost") if run else nullcontext(), tracking.Tracker(settings, run, "boost") as tracker:
-        if run and (run / "result.json").exists():
+        if run and tracking.ended(run):
             process.say(f"{run}: finished; another run.dir or run.seed begins a new run")
             return folder.read_result(run)
         data = boost_data.prepare(settings, splits)

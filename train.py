@@ -81,7 +81,7 @@ def train(settings: Settings, splits: Splits | None = None, on_eval: OnEval | No
         if run and experiment.finished:
             more = "train.epochs or train.steps" if experiment.progress.step >= experiment.total_steps else "train.patience"
             process.say(f"{run}: finished at step {experiment.progress.step}; more {more} would go on from there")
-            if (run / "result.json").exists():
+            if tracking.ended(run):
                 return folder.read_result(run)
         if run and not experiment.finished:  # of a run that is continued; killed at its end, it must not be taken for what it is now
             process.on_rank_zero(lambda: (run / "result.json").unlink(missing_ok=True))

@@ -25,22 +25,13 @@ class LightGBM(Library):
 
         After each round `watch(rounds done, metric, its validation value, -> its training value, -> validation predictions)`.
         """
-        boost, target, said, kept, grown = settings.boost, data.table.target, [], {}, []
+        boost, said, kept, grown = settings.boost, [], {}, []
         # Left alone, it times two ways to sum and takes the faster: other last digits on another day.
         way = "force_row_wise" if len(self.names) <= 100 else "force_col_wise"
         forced = {} if {"force_col_wise", "force_row_wise"} & boost.params.keys() else {way: True}
         params = self.params(settings, verbosity=0, deterministic=True, **forced)
         self.module.register_logger(SimpleNamespace(note=said.append), "note", "note")
-        key = repr((bool(boost.folds), {name: value for name, value in params.items() if self.settled.search(name)}))
-        if key not in data.binned:
-            rows, categories = data.table.rows["folds"] if boost.folds else fold[0], list(range(self.info.numeric, len(self.names)))
-            options = {"feature_name": self.names, "categorical_feature": categories, "params": params}
-            binned = self.module.Dataset(data.matrix[rows], target[rows], weight=data.weights(rows, True), **options)
-            with self.checking():
-                data.binned = {key: (rows, binned.construct())}
-        rows, whole = data.binned[key]
-        train = whole.subset(np.searchsorted(rows, fold[0])) if boost.folds else whole
-        valid = whole.create_valid(data.matrix[fold[1]], target[fold[1]], data.weights(fold[1]))
+        train, valid = self.bin(data, fold, params, boost.folds)
         with self.checking():
             self.module.Booster(params, train)
 
@@ -69,6 +60,20 @@ class LightGBM(Library):
         best = booster.best_iteration if booster.best_iteration > 0 else len(grown)
         booster.best_iteration = max(1, grown[best - 1])  # what it is written and predicts with
         return booster, best
+
+    def bin(self, data: Data, fold: Fold, params: dict[str, Any], folds: int) -> tuple[Any, Any]:
+        """Training and validation rows as the library takes them. Folds and trials share the bins, which are made of training and validation
+        rows where there are folds."""
+        key = repr((bool(folds), {name: value for name, value in params.items() if self.settled.search(name)}))
+        if key not in data.binned:
+            rows, categories = data.table.rows["folds"] if folds else fold[0], list(range(self.info.numeric, len(self.names)))
+            options = {"feature_name": self.names, "categorical_feature": categories, "params": params}
+            binned = self.module.Dataset(data.matrix[rows], data.table.target[rows], weight=data.weights(rows, True), **options)
+            with self.checking():
+                data.binned = {key: (rows, binned.construct())}
+        rows, whole = data.binned[key]
+        valid = whole.create_valid(data.matrix[fold[1]], data.table.target[fold[1]], data.weights(fold[1]))
+        return whole.subset(np.searchsorted(rows, fold[0])) if folds else whole, valid
 
     def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False) -> np.ndarray:
         return booster.predict(matrix, raw_score=margin)

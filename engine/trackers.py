@@ -19,7 +19,8 @@ from engine import process, report
 from engine.config import UserError
 from engine.tracking import Tracker, read_record, warn, without_secrets
 
-WANDB = {"silent": True, "init_timeout": 15, "finish_timeout": 20, "x_disable_viewer": True, "x_transaction_log_flush_interval": 1}
+WANDB = {"silent": True, "init_timeout": 15, "finish_timeout": 20, "finish_timeout_raises": True}
+WANDB |= {"x_disable_viewer": True, "x_transaction_log_flush_interval": 1}
 """what its environment variables overrule; the last keeps small what a kill loses"""
 OFFLINE = ("offline", "dryrun", "disabled")
 
@@ -121,7 +122,10 @@ class Wandb:
         self.run.alert(title=title, text=text, level="INFO" if good else "ERROR")
 
     def finish(self, code: int) -> None:
-        self.run.finish(exit_code=code)
+        try:
+            self.run.finish(exit_code=code)
+        except TimeoutError:
+            raise TimeoutError(f"its server has not taken all; later: {upload(Path(self.run.settings.sync_dir))}") from None
 
     def leave(self) -> None:
         """Kill wandb's own process: it would keep this one from ending for as long as its server does not answer."""
@@ -136,6 +140,11 @@ class Wandb:
 def processes() -> list[psutil.Process]:
     """wandb's own, which write and send what it is told."""
     return [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+
+
+def upload(folder: Path) -> str:
+    """The command; it passes over what was online at its start unless it is told."""
+    return f"wandb sync {'' if folder.name.startswith('offline') else '--include-online '}{folder}"
 
 
 def record_files(run: Path) -> list[Path]:
@@ -208,7 +217,7 @@ def main() -> None:
         with process.lock(folder):
             for file in record_files(folder):
                 mend(file)
-                print(f"wandb sync {file.parent}")
+                print(upload(file.parent))
 
 
 if __name__ == "__main__":

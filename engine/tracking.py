@@ -133,6 +133,11 @@ def read_record(run: Path) -> dict[str, Any]:
     return json.loads((run / "tracker.json").read_text()) if (run / "tracker.json").exists() else {}
 
 
+def ended(run: Path) -> bool:
+    """Whether its result stands and its trackers were told. What a kill left out between the two, the next start makes up for."""
+    return (run / "result.json").exists() and read_record(run).get("ended", False)
+
+
 class Tracker:
     """A run in the trackers of track.to, as a context that tells how it ended. Without a folder, and beyond rank 0, it does nothing."""
 
@@ -221,6 +226,9 @@ class Tracker:
             left, self.trackers = self.trackers, []
             for tracker in left:
                 getattr(tracker, "leave", ignore)()
+        if self.record and error is None:
+            self.record["ended"] = True
+            self.write_record()
 
 
 def ignore(*_: Any) -> None:

@@ -187,6 +187,19 @@ def test_a_run_killed_in_its_third_fold_ends_with_the_same_files(folder, tmp_pat
     assert {**resumed, "clock": None} == {**straight, "clock": None}
 
 
+def test_a_run_killed_after_its_result_is_written_ends_as_others_do(folder, tmp_path):
+    run = tmp_path / "run"
+    killed = "import os, signal, boost\nboost.page.write = lambda run: os.kill(os.getpid(), signal.SIGKILL)\nboost.main()"
+    command = [sys.executable, "-c", killed, "--config", str(folder / "boost.toml"), f"data.root={folder}", f"run.dir={run}"]
+    assert subprocess.run(command, env=commands.environment(), stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    result = (run / "result.json").read_bytes()
+    assert not tracking.ended(run)
+    boost(settings_of(folder, f"run.dir={run}"))
+    assert (run / "result.json").read_bytes() == result
+    assert (run / "report.html").exists()
+    assert tracking.ended(run)
+
+
 def test_sigterm_ends_with_143_and_the_folds_done_are_kept(folder, tmp_path):
     words = [f"data.root={folder}", "boost.folds=2", "boost.rounds=3000", "boost.patience=0", f"run.dir={tmp_path / 'run'}"]
     command = [sys.executable, str(commands.ROOT / "boost.py"), "--config", str(folder / "boost.toml"), *words]

@@ -262,8 +262,8 @@ def test_a_torn_file_is_made_whole(tmp_path):
     launch.run("--config", DIGITS[0], *launch.TINY, *TRACKED, f"run.dir={run}", log=tmp_path / "log")
     (path,) = offline(run)
     steps = [row["_step"] for row in history([path])]
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size * 2 // 3)
+    data = path.read_bytes()
+    os.truncate(path, data.index(b"gradient_norm", len(data) // 2) + 5)  # within a record, wherever the others end
     with pytest.raises(AssertionError, match="torn"):
         history([path])
     said = subprocess.run(
@@ -276,19 +276,63 @@ def test_a_torn_file_is_made_whole(tmp_path):
 
 def test_an_online_run_that_was_killed_goes_on(tmp_path):
     server, run = servers.Wandb(), tmp_path / "run"
-    words = ("--config", DIGITS[0], *launch.TINY, *LONG, "train.steps=8000", "train.log_every=5", f"run.dir={run}")
+    words = ("--config", DIGITS[0], *launch.TINY, *LONG, "train.patience=0", "train.log_every=5", f"run.dir={run}")
     online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": servers.KEY, "WANDB_PROJECT": "elsewhere"}
-    online["WANDB__FILE_STREAM_TRANSMIT_INTERVAL"] = "0.2"  # seconds, in place of 15
-    running = launch.start(*words, log=tmp_path / "first.log", **online)
+    # wandb's client sends each 15 s, so this run must be one that no computer ends by then.
+    running = launch.start(*words, "train.steps=1000000", log=tmp_path / "first.log", **online)
     running.until(lambda: any(len(remote["history"]) > 20 for remote in server.runs.values()))
     running.kill()
     running.wait()
-    assert len(next(iter(server.runs.values()))["history"]) < 1600
-    assert "warning" not in launch.run(*words, log=tmp_path / "second.log", **online)
+    (remote,) = server.runs.values()
+    sent, last = remote["history"][-1]["_step"], max(logged(run))
+    assert sent <= last
+    text = launch.run(*words, f"train.steps={last + 200}", log=tmp_path / "second.log", **online)
+    assert "warning" not in text
+    assert "resumed" in text
     (remote,) = server.runs.values()
     once(remote["history"], run)
+    assert remote["history"][-1]["_step"] == last + 200
     assert remote["project"] == "elsewhere"
     assert json.loads((run / "tracker.json").read_text())["url"].startswith(server.url)
+
+
+def test_a_run_that_was_killed_while_its_tracker_took_the_end_tells_it_again(tmp_path):
+    server, run = servers.Wandb(), tmp_path / "run"
+    words = ("--config", DIGITS[0], *launch.TINY, *TRACKED, f"run.dir={run}")
+    online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": servers.KEY}
+    running = launch.start(*words, log=tmp_path / "first.log", **online)
+    running.until("wandb http")
+    server.silent = True
+    running.until(lambda: (run / "report.html").exists())
+    running.kill()
+    running.wait()
+    server.silent, result = False, (run / "result.json").read_bytes()
+    (remote,) = server.runs.values()
+    assert remote["history"] == []
+    text = launch.run(*words, log=tmp_path / "second.log", **online)
+    assert "finished at step 24" in text
+    assert "warning" not in text
+    once(remote["history"], run)
+    assert {"curves", "confusion", "predictions"} <= remote["history"][-1].keys()
+    assert (run / "result.json").read_bytes() == result
+    text = launch.run(*words, log=tmp_path / "third.log", **online)
+    assert "finished at step 24" in text
+    assert "wandb" not in text  # it knows all
+
+
+def test_a_slow_server_misses_nothing_in_silence(tmp_path):
+    server, run = servers.Wandb(), tmp_path / "run"
+    words = ("--config", DIGITS[0], *launch.TINY, *TRACKED, f"run.dir={run}")
+    online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": servers.KEY}
+    text = launch.run(*words, log=tmp_path / "log", WANDB_FINISH_TIMEOUT="0.01", **online)
+    (folder,) = run.glob("wandb/run-*")
+    assert text.count("warning") == 1
+    assert f"its server has not taken all; later: wandb sync --include-online {folder}" in text
+    (remote,) = server.runs.values()
+    assert remote["history"] == []
+    command = [sys.executable, "-m", "wandb", "sync", "--include-online", folder]
+    subprocess.run(command, cwd=tmp_path, env=commands.environment(**online), capture_output=True, check=True, timeout=60)
+    assert [row["_step"] for row in remote["history"]] == sorted(logged(run))
 
 
 # What fails, hangs or asks
