@@ -235,18 +235,20 @@ def test_parts_of_a_file_that_has_changed_are_neither_scored_nor_trained_on(tmp_
     """One more category moves the codes of those after it; other values move the scales."""
     (tmp_path / "binary.toml").write_text(TABLE.format(name="binary"))
     table("binary", 301).to_csv(tmp_path / "binary.csv", index=False)
-    train, test = ["train.py", "--config", "binary.toml", "run.dir=run"], ["infer.py", "run", "--split", "test"]
-    before = commands.many([[*train], [*test]], tmp_path)
-    assert [end.status for end in before] == [0, 0], before[0].text + before[1].text
+    train, test = ["--config", "binary.toml", "run.dir=run"], ["run", "--split", "test"]
+    steps = [(commands.ROOT / "train.py", train), (INFER, test)]
+    for script, words in steps:
+        launch.run(*words, script=script, folder=tmp_path, log=tmp_path / "log")
     learned = (tmp_path / "run/preprocessing.json").read_bytes()
     changed = table("binary", 301)
     changed.loc[:9, ["a", "b"]] = [9.0, "black"]  # not all of them are test rows
     changed.to_csv(tmp_path / "binary.csv", index=False)
     (tmp_path / "run/result.json").unlink()
-    for words in (test, [*train]):
-        (end,) = commands.many([words], tmp_path)
-        assert end.status == 2, end.text
-        assert "data.train is not what this run learned from (other vocabularies, scales)" in end.errors
+    for script, words in steps:
+        refused = launch.start(*words, script=script, folder=tmp_path, log=tmp_path / f"{script.stem}.log")
+        assert refused.wait() == 2, refused.text
+        assert "data.train is not what this run learned from (other vocabularies, scales)" in refused.text
+        assert "Traceback" not in refused.text
     assert (tmp_path / "run/preprocessing.json").read_bytes() == learned
 
 

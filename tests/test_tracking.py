@@ -219,6 +219,7 @@ def test_a_test_is_recorded_beside_its_run(tmp_path):
     assert ended.returncode == 2 and "has no tracker.json" in ended.stderr and not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.slow
 def test_history_has_each_step_once_after_kills_and_syncs(tmp_path):
     run = tmp_path / "run"
     words = ("--config", DIGITS[0], *launch.TINY, *LONG, f"run.dir={run}", 'track.to=["wandb", "tensorboard"]')

@@ -126,7 +126,7 @@ def write_tones(folder: Path) -> None:
     (folder / "tones.csv").write_text("\n".join(lines))
 
 
-@pytest.mark.parametrize("network", ["attention", "statistics"])
+@pytest.mark.parametrize("network", ["attention", pytest.param("statistics", marks=pytest.mark.slow)])
 def test_sounds_from_training_to_prediction(tmp_path: Path, network: str) -> None:
     write_tones(tmp_path)
     words = ["data.name=utterances", "data.train=tones.csv", "data.valid=", "data.test=", "data.audio=path", "data.target=label"]
