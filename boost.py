@@ -78,7 +78,7 @@ def folds_done(run: Path, suffix: str, data: Data, folds: list[Fold]) -> int:
     for number, fold in enumerate(folds):
         if not (record := read_fold(run, number, suffix)):
             return number
-        if record["data"] != data.mark(fold):
+        if not data.made(record, fold):
             raise UserError(f"{run}: fold {number} was boosted on other data than these; set run.dir to another folder, or bring the files back")
     return len(folds)
 
@@ -103,7 +103,7 @@ def keep(run: Path, watch: Watch, library: Any, booster: Any, step: int, mark: s
     with open(aside, "rb") as file:
         os.fsync(file.fileno())
     os.replace(aside, path)
-    record = {"fold": watch.number, "best_round": step, "sha256": sha256(path), "data": mark}
+    record = {"fold": watch.number, "best_round": step, "sha256": sha256(path), "rows": mark}
     record |= {"metric": watch.metric, "valid": watch.valid, "train": watch.train}
     folder.write_text(fold_file(run, watch.number, ".json"), json.dumps(record | {"clock": {"seconds": seconds}}))
     boost = watch.settings.boost

@@ -108,6 +108,9 @@ def read_samples(sources: dict[str, Any], config: Files, kind: str, notes: list[
         raise UserError(f"data.weight = {config.weight!r}: holds a negative weight, {weights.min():g}; weights are 0 or more")
     ends = np.cumsum([len(source.column(config.target)) for source in sources.values()])
     rows = part_rows(dict(zip(sources, np.split(np.arange(ends[-1]), ends[:-1]), strict=True)), target, labels, groups, config, notes)
+    for part, chosen in rows.items() if weights is not None else ():
+        if not weights[chosen].any():
+            raise UserError(f"data.weight = {config.weight!r}: is 0 in every {part} row, so no score of them has a value; choose another column")
     trained = target[rows["train"]]
     if trained.min() == trained.max():
         value = labels[trained[0]] if labels else f"{trained[0]:g}"

@@ -34,6 +34,10 @@ class Data:
         weights = self.table.part_weights("train" if training else "valid", self.balance)
         return None if weights is None else weights.numpy()[rows]
 
+    def made(self, record: dict[str, Any], fold: Fold) -> bool:
+        """Whether a fold was made of these rows. Of one that older code has written it cannot be told."""
+        return "rows" not in record or record["rows"] == self.mark(fold)
+
     def mark(self, fold: Fold) -> str:
         """Of what a fold is made: another one where the files have changed."""
         mark = self.checksum
@@ -43,9 +47,11 @@ class Data:
 
     @functools.cached_property
     def checksum(self) -> int:
-        """Of matrix, target and sample weights, made once."""
-        mark = zlib.crc32(np.ascontiguousarray(self.table.target), zlib.crc32(np.ascontiguousarray(self.matrix)))
-        return mark if self.table.weights is None else zlib.crc32(np.ascontiguousarray(self.table.weights), mark)
+        """Of matrix, target and sample weights of training and validation rows, made once. Test rows may be others at any time."""
+        mark, rows = 0, self.table.rows["folds"]
+        for values in (self.matrix, self.table.target, self.table.weights):
+            mark = mark if values is None else zlib.crc32(np.ascontiguousarray(values[rows]), mark)
+        return mark
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from engine import config, evaluate, folder, settings
-from engine.boost_data import Data, Part, prepare, to_matrix
+from engine.boost_data import Data, Part, cut, prepare, to_matrix
 from engine.boosters import LIBRARIES
 from engine.config import UserError
 from engine.settings import Settings
@@ -75,7 +75,7 @@ def read_fold(run: Path, number: int, suffix: str) -> dict[str, Any] | None:
     """The record of a fold that is done; None where its files are not there, or not as they were written."""
     model, record = fold_file(run, number, suffix), fold_file(run, number, ".json")
     found = json.loads(record.read_text()) if model.exists() and record.exists() else None
-    return found if found and found["sha256"] == sha256(model) else None
+    return found if found and found.get("sha256") == sha256(model) else None
 
 
 class BoostPredictor:
@@ -107,6 +107,8 @@ class BoostPredictor:
         """The run's own, read once. Raises UserError where they have changed."""
         data = prepare(self.settings)
         folder.require_learned(self.path, data.table.info, data.table.preprocessing)
+        if not all(data.made(record, fold) for record, fold in zip(self.folds, cut(self.settings, data), strict=True)):
+            raise folder.not_learned(self.path, ["rows"])
         return data
 
     def read(self, source: Path, rows: int) -> Iterator[Any]:

@@ -36,7 +36,7 @@ def claim(run: Path, settings: Settings, script: str = "train") -> IO[str]:
 
 def refuse_others(run: Path, settings: Settings, script: str) -> None:
     # A mistake found after the settings were written leaves nothing to protect.
-    begun = checkpoint.folders(run) or (run / "result.json").exists() or any((run / "folds").glob("*"))
+    begun = checkpoint.folders(run) or (run / "result.json").exists() or any((run / "folds").glob("fold*.json"))
     if not begun or not (run / "config.toml").exists():
         return
     if settings.run.resume == "never":
@@ -90,8 +90,12 @@ def require_learned(folder: Path, info: Any, preprocessing: dict[str, Any]) -> N
     before = {name: value for name, value in read_json(folder / "info.json").items() if name in learned} | read_json(folder / "preprocessing.json")
     now = json.loads(json.dumps({name: getattr(info, name) for name in learned} | preprocessing))
     if changed := [name for name in now if not alike(before.get(name), now[name])]:
-        what = f"data.train is not what this run learned from (other {', '.join(changed)})"
-        raise UserError(f"{folder}: {what}; bring the file back; new rows are predicted by --input, or trained on in another run.dir")
+        raise not_learned(folder, changed)
+
+
+def not_learned(folder: Path, changed: list[str]) -> UserError:
+    what = f"data.train is not what this run learned from (other {', '.join(changed)})"
+    return UserError(f"{folder}: {what}; bring the file back; new rows are predicted by --input, or trained on in another run.dir")
 
 
 def alike(one: Any, other: Any) -> bool:

@@ -49,6 +49,12 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+def warn(line: str) -> None:
+    """One line from rank 0 of what goes wrong and ends nothing, where errors stand: a search keeps its workers' other output to itself."""
+    if rank() == 0:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
 def exit_status(main: Callable[[], Any]) -> int:
     """Run a script's main and turn its end into the status of the process; no traceback for a mistake of the user's."""
     try:

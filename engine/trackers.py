@@ -124,8 +124,8 @@ class Wandb:
     def finish(self, code: int) -> None:
         try:
             self.run.finish(exit_code=code)
-        except TimeoutError:
-            raise TimeoutError(f"its server has not taken all; later: {upload(Path(self.run.settings.sync_dir))}") from None
+        except TimeoutError:  # not raised further: other runs of this process may go on
+            process.warn(f"wandb's server has not taken all of this run; later: {upload(Path(self.run.settings.sync_dir))}")
 
     def leave(self) -> None:
         """Kill wandb's own process: it would keep this one from ending for as long as its server does not answer."""

@@ -26,7 +26,7 @@ import tomli
 import torch
 
 from engine import process, report
-from engine.config import ROOT
+from engine.config import ROOT, UserError
 from engine.settings import Settings
 
 RESULT_SECTIONS = {
@@ -130,12 +130,15 @@ def origin() -> dict[str, Any]:
 
 def read_record(run: Path) -> dict[str, Any]:
     """tracker.json: what a run is called in its trackers, and where it comes from. {} before the first start."""
-    return json.loads((run / "tracker.json").read_text()) if (run / "tracker.json").exists() else {}
+    try:
+        return json.loads((run / "tracker.json").read_text()) if (run / "tracker.json").exists() else {}
+    except ValueError:
+        raise UserError(f"{run}/tracker.json: it is torn; delete it, and the run begins a new record in its trackers") from None
 
 
 def ended(run: Path) -> bool:
     """Whether its result stands and its trackers were told. What a kill left out between the two, the next start makes up for."""
-    return (run / "result.json").exists() and read_record(run).get("ended", False)
+    return (run / "result.json").exists() and read_record(run).get("ended", True)
 
 
 class Tracker:
@@ -160,7 +163,8 @@ class Tracker:
         before, track = read_record(self.run), self.settings.track
         label = before.get("id") or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
         called = {"id": label, "project": project(self.settings, self.script, self.of), "name": self.called or name(self.settings, self.of)}
-        self.record = called | {"group": self.group, "run_folder": str(self.run.resolve()), "places": before.get("places", []), **origin(), **more}
+        called |= {"group": self.group, "run_folder": str(self.run.resolve()), "places": before.get("places", []), "ended": False}
+        self.record = called | origin() | more
         self.write_record()
         if track.to and track.mode != "disabled":
             from engine.trackers import Accelerated, Wandb
@@ -222,7 +226,7 @@ class Tracker:
             if thread.ident:
                 thread.join(max(0.0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in threads):
-            print(f"warning: trackers or alerts did not answer within {PATIENCE} s and are left; the run folder has all", flush=True)
+            process.warn(f"trackers or alerts did not answer within {PATIENCE} s and are left; the run folder has all")
             left, self.trackers = self.trackers, []
             for tracker in left:
                 getattr(tracker, "leave", ignore)()
@@ -236,7 +240,7 @@ def ignore(*_: Any) -> None:
 
 
 def warn(text: str, error: Exception) -> None:
-    process.say(without_secrets(f"warning: {text}: {type(error).__name__}: {error}").splitlines()[0])
+    process.warn(without_secrets(f"{text}: {type(error).__name__}: {error}").splitlines()[0])
 
 
 def alert(title: str, text: str) -> None:
@@ -248,6 +252,6 @@ def alert(title: str, text: str) -> None:
 
             sender = apprise.Apprise()
             if not sender.add(addresses) or not sender.notify(title=title, body=text):
-                process.say("warning: not every address in PLAINLOOP_ALERTS took the alert")
+                process.warn("not every address in PLAINLOOP_ALERTS took the alert")
     except ImportError:
-        process.say("warning: PLAINLOOP_ALERTS needs the package apprise: pip install apprise")
+        process.warn("PLAINLOOP_ALERTS needs the package apprise: pip install apprise")

@@ -220,8 +220,13 @@ def test_a_finished_run_is_left_and_another_config_refused(folder, tmp_path, cap
     assert boost(settings) == first
     assert "finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    another = settings_of(folder, "boost.rounds=41", f"run.dir={tmp_path / 'run'}")
     with pytest.raises(UserError, match=r"boost\.rounds = 40 there, 41 here"):
-        boost(settings_of(folder, "boost.rounds=41", f"run.dir={tmp_path / 'run'}"))
+        boost(another)
+    for path in [tmp_path / "run/result.json", *(tmp_path / "run/folds").iterdir()]:
+        path.unlink()
+    (tmp_path / "run/folds/.tmp-fold0.txt").touch()  # killed while the first fold was written: nothing is lost with another config
+    boost(another)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -421,6 +426,44 @@ def test_a_town_that_only_held_out_rows_have_is_judged_as_it_will_be_predicted(f
     for number, fold in enumerate(result["folds"]):
         record = json.loads((tmp_path / f"run/folds/fold{number}.json").read_text())
         assert record["valid"][record["best_round"] - 1] == pytest.approx(fold["valid"]["loss"], rel=1e-6)
+
+
+def test_rows_in_another_order_are_not_those_of_the_run_but_the_test_file_may_change(folder, tmp_path):
+    """Same labels, vocabularies and mean: only the rows tell. Their numbers would pair a row with what was predicted for another."""
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    settings = parse([folder / "boost.toml"], [f"data.root={tmp_path}", "boost.folds=3", f"run.dir={tmp_path / 'run'}"])
+    result = boost(settings)
+    rows(150, 8).to_csv(tmp_path / "test.csv", index=False)
+    assert len(BoostPredictor(tmp_path / "run").split("test")) == 150
+    (tmp_path / "run/result.json").unlink()  # as if killed before it was written
+    assert boost(settings)["folds"] == result["folds"]
+    pd.read_csv(tmp_path / "train.csv").sample(frac=1, random_state=0).to_csv(tmp_path / "train.csv", index=False)
+    for part in ("valid", "test"):
+        with pytest.raises(UserError, match=r"data\.train is not what this run learned from \(other rows\)"):
+            BoostPredictor(tmp_path / "run").split(part)
+    with pytest.raises(UserError, match=r"other rows"):
+        BoostPredictor(tmp_path / "run").held_out()
+    (tmp_path / "run/result.json").unlink()
+    with pytest.raises(UserError, match="fold 0 was boosted on other data"):
+        boost(settings)
+
+
+def test_runs_of_older_code_are_left_alone(folder, tmp_path, capsys):
+    """Their folds have no mark of their rows, and their trackers none of their end."""
+    run = tmp_path / "run"
+    settings = settings_of(folder, f"run.dir={run}")
+    first = boost(settings)
+    for path, gone in [(run / "tracker.json", "ended"), (run / "folds/fold0.json", "rows")]:
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != gone}))
+    (run / "report.html").unlink()
+    assert boost(settings) == first
+    assert "finished" in capsys.readouterr().out
+    assert not (run / "report.html").exists()
+    assert len(BoostPredictor(run).split("valid")) > 0
+    (run / "tracker.json").write_text("")
+    with pytest.raises(UserError, match=r"tracker\.json: it is torn; delete it"):
+        boost(settings)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -328,12 +328,44 @@ def test_a_slow_server_misses_nothing_in_silence(tmp_path):
     text = launch.run(*words, log=tmp_path / "log", WANDB_FINISH_TIMEOUT="0.01", **online)
     (folder,) = run.glob("wandb/run-*")
     assert text.count("warning") == 1
-    assert f"its server has not taken all; later: wandb sync --include-online {folder}" in text
+    assert f"server has not taken all of this run; later: wandb sync --include-online {folder}" in text
     (remote,) = server.runs.values()
     assert remote["history"] == []
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", folder]
     subprocess.run(command, cwd=tmp_path, env=commands.environment(**online), capture_output=True, check=True, timeout=60)
     assert [row["_step"] for row in remote["history"]] == sorted(logged(run))
+
+
+OTHERS = """
+import sys
+from pathlib import Path
+from engine import tracking
+from engine.settings import parse
+
+if __name__ == "__main__":
+    settings = parse([Path("conf/digits.toml")], ['track.to=["wandb"]'])
+    with tracking.Tracker(settings, Path(sys.argv[1]), "tune") as study:
+        study.start()
+        with tracking.Tracker(settings, Path(sys.argv[2]), "tune", called="0", group="study") as trial:
+            trial.start()
+            trial.log({"step": 1, "valid": {"loss": 2.0}})
+        study.log({"step": 1, "value": 2.0})
+"""
+
+
+def test_a_trial_that_missed_the_server_leaves_its_study_its_tracker(tmp_path):
+    """Under torchrun both are in one process."""
+    server, folders = servers.Wandb(), [tmp_path / "study", tmp_path / "trial"]
+    for folder in folders:
+        folder.mkdir()
+    online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": servers.KEY, "WANDB_FINISH_TIMEOUT": "0.01"}
+    command = [sys.executable, "-c", OTHERS, *folders]
+    ended = subprocess.run(command, cwd=commands.ROOT, env=commands.environment(**online), capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    for folder in folders:
+        (record,) = folder.glob("wandb/run-*")
+        assert f"later: wandb sync --include-online {record}" in ended.stderr
+    assert ended.stderr.count("\n") == 2, ended.stderr
 
 
 # What fails, hangs or asks
@@ -479,7 +511,7 @@ def test_alerts_name_the_package_they_need(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PLAINLOOP_ALERTS", "json://localhost/x")
     with pytest.raises(ZeroDivisionError), tracking.Tracker(parse(DIGITS, []), tmp_path):
         _ = 1 / 0
-    assert capsys.readouterr().out == "warning: PLAINLOOP_ALERTS needs the package apprise: pip install apprise\n"
+    assert capsys.readouterr().err == "warning: PLAINLOOP_ALERTS needs the package apprise: pip install apprise\n"
 
 
 def test_alerts_to_a_server_that_never_answers_end(tmp_path, monkeypatch, capsys):
@@ -488,7 +520,7 @@ def test_alerts_to_a_server_that_never_answers_end(tmp_path, monkeypatch, capsys
     with pytest.raises(ZeroDivisionError), tracking.Tracker(parse(DIGITS, []), tmp_path):
         _ = 1 / 0
     assert time.monotonic() - begun < tracking.PATIENCE + 2
-    assert "warning" in capsys.readouterr().out
+    assert "warning" in capsys.readouterr().err
 
 
 # Profile

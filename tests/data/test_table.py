@@ -467,6 +467,7 @@ def date_rows(value: str) -> str:
         (rows(), {"weight": "c"}, "data.weight = 'c'"),
         (rows(), {"weight": "b"}, "'u' is not a number"),
         (rows(40, "a,w,y", lambda i: f"{i},{i - 3},{i % 2}"), {"weight": "w"}, "negative weight"),
+        (rows(40, "a,w,y", lambda i: f"{i},0,{i % 2}"), {"weight": "w"}, "is 0 in every train row"),
         (rows(), {"drop": ["y"]}, "is the target"),
         (rows(), {"numeric": ["a"], "categorical": ["a"]}, "data.numeric too"),
         (rows(), {"drop": ["a", "b"]}, "no feature"),
