@@ -90,6 +90,7 @@ def fit(library: Any, settings: Settings, data: Data, fold: Fold, watch: Watch) 
     except library.error as error:
         # Without the time and the place in the library's source.
         reason = re.sub(r"^(\[.*?\] )?(\S+:\d+: )?| at /\S+, line \d+.*", "", str(error).strip().splitlines()[0])
+        reason = reason.replace(" in data file", ", where a number is needed")  # LightGBM reads a parameter as it reads a table
         raise UserError(f"boost.params = {settings.boost.params}: {library.package} refuses: {reason}") from None
     finally:
         watch.bar.close()

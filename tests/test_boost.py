@@ -555,6 +555,7 @@ MISTAKES = {
     "boost.params.sigmoid=2": ("boost.params.sigmoid", "logits"),
     "boost.library=xgboost data.target=amount data.drop=[] boost.params={objective='reg:quantileerror',quantile_alpha=[0.1,0.9]}": ("one number",),
     "boost.params.num_leafs=7": ("boost.params.num_leafs", "no such parameter"),
+    "boost.params.learning_rate=ten": ("lightgbm refuses", "ten, where a number is needed"),
     "boost.params.num_leaves=1": ("lightgbm refuses", "num_leaves"),
     "boost.params.metric=foo": ("boost.params.metric", "'foo'"),
     "boost.params.n_estimators=7": ("n_estimators", "boost.rounds"),
