@@ -3,6 +3,7 @@
     make bench-tables
     python benchmarks/tables.py --only california --recipes lightgbm xgboost
     python benchmarks/tables.py --only california --recipes tabm-full --seeds 0        an hour or more without a GPU
+    python benchmarks/tables.py --recipes                                              the seconds alone
 
 Each recipe of conf/ is trained with several seeds, by the scripts, into a folder of its own under --runs, where finished runs are taken
 as they stand and others go on. The vote is of LightGBM over five folds of training and validation rows, XGBoost and TabM, its weights fitted
@@ -264,7 +265,7 @@ def main() -> int:
     default = [name for name in RECIPES if not name.endswith(("-folds", "-full"))] + [*VOTES]
     parser.add_argument("--recipes", nargs="*", choices=[*RECIPES, *VOTES], default=default, metavar="RECIPE", help=f"of {', '.join(default)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pairs", type=int, default=5, help="turns of boost.py and by hand that count, one more comes first; -1 leaves them out")
+    parser.add_argument("--pairs", type=int, default=11, help="turns of boost.py and by hand that count, one more comes first; -1 leaves them out")
     parser.add_argument("--rounds", type=int, default=300, help="boosting rounds of a turn's three folds")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/bench-tables", help="folder of the run folders")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of tables.json and tables.md")
@@ -273,7 +274,8 @@ def main() -> int:
     for place in [place for place, word in enumerate(words) if word in ("--runs", "--results")][::-1]:  # where it is, is not what it is
         del words[place : place + 2]
     scored = [line for data in options.only for line in scores(data, options)]
-    pairs = [(data, library) for data in options.only for library in ("lightgbm", "xgboost") if options.pairs > 0 and library in options.recipes]
+    libraries = [name for name in ("lightgbm", "xgboost") if options.pairs > 0 and name in (options.recipes or RECIPES)]
+    pairs = [(data, library) for data in options.only for library in libraries]
     timed = [overhead(data, library, options) for data, library in pairs]
     commit = subprocess.run(
         ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=*"], cwd=ROOT, capture_output=True, text=True

@@ -32,8 +32,9 @@ class LightGBM(Library):
         params = self.params(settings, verbosity=0, deterministic=True, **forced)
         self.module.register_logger(SimpleNamespace(note=said.append), "note", "note")
         train, valid = self.bin(data, fold, params, boost.folds)
-        with self.checking():
-            self.module.Booster(params, train)
+        if not watch.number:  # the other folds have the same parameters
+            with self.checking():
+                self.module.Booster(params, train)
 
         def keep(predictions: np.ndarray, _: Any) -> tuple[str, float, bool]:
             kept["predictions"] = predictions
@@ -124,8 +125,9 @@ class XGBoost(Library):
         """As LightGBM's."""
         params, boost, stops = self.params(settings), settings.boost, []
         train, valid = self.bin(data, fold, params, boost.folds)
-        with self.checking():
-            self.module.Booster(params, [train, valid])
+        if not watch.number:
+            with self.checking():
+                self.module.Booster(params, [train, valid])
 
         def after(model: Any, epoch: int, log: Any) -> bool:
             self.refuse(re.findall(r'Parameters: \{ "([^"]+)', " ".join(str(line.message) for line in caught)))
