@@ -19,8 +19,10 @@ from engine import process, report
 from engine.config import UserError
 from engine.tracking import Tracker, read_record, warn, without_secrets
 
-WANDB = {"silent": True, "init_timeout": 15, "finish_timeout": 20, "finish_timeout_raises": True}
-WANDB |= {"x_disable_viewer": True, "x_transaction_log_flush_interval": 1}
+WANDB = {
+    "silent": True, "init_timeout": 15, "finish_timeout": 20, "finish_timeout_raises": True, "x_disable_viewer": True,
+    "x_transaction_log_flush_interval": 1,
+}  # fmt: skip
 """what its environment variables overrule; the last keeps small what a kill loses"""
 OFFLINE = ("offline", "dryrun", "disabled")
 
