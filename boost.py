@@ -9,7 +9,6 @@ The same command again continues at the fold where it stopped. What comes out is
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -88,10 +87,7 @@ def fit(library: Any, settings: Settings, data: Data, fold: Fold, watch: Watch) 
     try:
         return library.train(data, fold, settings, watch)
     except library.error as error:
-        # Without the time and the place in the library's source.
-        reason = re.sub(r"^(\[.*?\] )?(\S+:\d+: )?| at /\S+, line \d+.*", "", str(error).strip().splitlines()[0])
-        reason = reason.replace(" in data file", ", where a number is needed")  # LightGBM reads a parameter as it reads a table
-        raise UserError(f"boost.params = {settings.boost.params}: {library.package} refuses: {reason}") from None
+        raise UserError(f"boost.params = {settings.boost.params}: {library.package} refuses: {library.reason(error)}") from None
     finally:
         watch.bar.close()
 

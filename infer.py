@@ -121,7 +121,7 @@ def predict_file(predictor: Predictor, source: Path, target: Path | None, logits
         nonlocal scorer, count
         for number, rows in enumerate(predictor.read(source, CHUNK)):
             if number == 0 and named and named not in rows.ids:
-                process.say(f"warning: {source}: has no column {named!r} (data.id); rows are numbered instead")
+                process.warn(f"{source}: has no column {named!r} (data.id); rows are numbered instead")
             scorer = scorer or (predictor.scorer() if rows.labelled else None)
             count += len(rows.dataset)
             unseen.update(rows.unseen)
@@ -129,7 +129,7 @@ def predict_file(predictor: Predictor, source: Path, target: Path | None, logits
 
     write_tables(tables(), target if process.rank() == 0 else None)
     for name, times in unseen.items():
-        process.say(f"warning: {source}: column {name!r}: {times:,} of {count:,} values were not seen in training and count as missing")
+        process.warn(f"{source}: column {name!r}: {times:,} of {count:,} values were not seen in training and count as missing")
     return scorer.compute() if scorer else {}
 
 

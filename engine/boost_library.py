@@ -78,6 +78,10 @@ class Library:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise self.error(str(error)) from error
 
+    def reason(self, error: Exception) -> str:
+        """What the library says is wrong, without the time and the place in its source."""
+        return re.sub(r"^(\[.*?\] )?(\S+:\d+: )?| at /\S+, line \d+.*", "", str(error).strip().splitlines()[0])
+
     def refuse(self, unknown: list[str]) -> None:
         if unknown:
             raise UserError(f"boost.params.{unknown[0]}: {self.package} has no such parameter for this task; correct its name or take it out")

@@ -76,6 +76,9 @@ class LightGBM(Library):
         valid = whole.create_valid(data.matrix[fold[1]], data.table.target[fold[1]], data.weights(fold[1]))
         return whole.subset(np.searchsorted(rows, fold[0])) if folds else whole, valid
 
+    def reason(self, error: Exception) -> str:
+        return super().reason(error).replace(" in data file", ", where a number is needed")  # it reads a parameter as it reads a table
+
     def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False) -> np.ndarray:
         return booster.predict(matrix, raw_score=margin)
 

@@ -199,7 +199,7 @@ class Saver:
         except OSError as error:
             self.whole = False
             shutil.rmtree(self.aside, ignore_errors=True)
-            print(f"warning: saving step {self.saved_step}: {error}; training goes on, the last whole checkpoint stays", flush=True)
+            process.warn(f"saving step {self.saved_step}: {error}; training goes on, the last whole checkpoint stays")
 
     def _prune(self) -> None:
         # Later ones are those that were skipped at the start: counted, they would push out the whole ones.

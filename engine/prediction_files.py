@@ -84,7 +84,7 @@ class Saved:
         values = boosting.probabilities(values) if names[0].startswith("logit_") else values
         self.values = values if len(labels) > 2 else values[:, -1]
         if [*self.ids] == ["row"]:
-            process.say(f"warning: {path}: its rows are told by their numbers alone, so they must come from the file that is voted on; see data.id")
+            process.warn(f"{path}: its rows are told by their numbers alone, so they must come from the file that is voted on; see data.id")
 
     def split(self, _: str) -> slice:
         return slice(None)

@@ -251,7 +251,7 @@ def test_new_files_are_read_as_the_training_file_was(folder, tmp_path, capsys, l
     assert [chunk.unseen for chunk in predictor.read(tmp_path / "few.csv", 100)] == [{"town": 3}, {}]
     capsys.readouterr()
     infer.predict_file(predictor, tmp_path / "few.csv", tmp_path / "few.parquet", False)
-    assert "column 'town': 3 of 200 values were not seen in training and count as missing" in capsys.readouterr().out
+    assert "column 'town': 3 of 200 values were not seen in training and count as missing" in capsys.readouterr().err
     np.testing.assert_array_equal(predictions(table.assign(town="Atlantis"), "unseen.csv"), predictions(table.assign(town=None), "gone.csv"))
     with pytest.raises(UserError, match="no column 'age'"):
         predictions(table.drop(columns="age"), "missing.csv")

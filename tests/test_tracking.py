@@ -152,6 +152,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow
 def test_from_the_record_to_the_checkpoint_and_back(tmp_path):
     for place, words in enumerate(RUNS):
         more = {"processes": 2} if place == 2 else {}
@@ -275,6 +276,7 @@ def test_a_torn_file_is_made_whole(tmp_path):
     assert kept == steps[: len(kept)]
 
 
+@pytest.mark.slow
 def test_an_online_run_that_was_killed_goes_on(tmp_path):
     server, run = servers.Wandb(), tmp_path / "run"
     words = ("--config", DIGITS[0], *launch.TINY, *LONG, "train.patience=0", "train.log_every=5", f"run.dir={run}")

@@ -282,7 +282,7 @@ def test_commands_and_mistakes(folder):
         said = [line for line in end.errors.splitlines() if line.startswith("error: ")]
         assert len(said) == 1, (words, end.errors)
         assert all(word in said[0] for word in expected), (words, said)
-    assert "binary-deep.csv: its rows are told by their numbers alone" in ended[2].out
+    assert "binary-deep.csv: its rows are told by their numbers alone" in ended[2].errors
     weights = next(line for line in ended[0].out.splitlines() if "--weights" in line).split()[-3:]
     assert sum(map(float, weights)) == pytest.approx(1)
 
