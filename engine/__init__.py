@@ -4,6 +4,6 @@ import gc
 
 import torch  # noqa: F401
 
-# A full sweep of the garbage collector walks every object that torch's import left, some 0.15 s each time, and finds nothing: they stay
-# as long as the process. Frozen, they are passed over, here at the start and while a model trains.
+# Each full sweep of the garbage collector walks the 170,000 objects that torch's import leaves and frees next to none of them: they stay as
+# long as the process. Frozen they are passed over: in the imports that follow, while a model trains, and when Python ends.
 gc.freeze()

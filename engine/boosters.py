@@ -77,7 +77,7 @@ class LightGBM(Library):
         return whole.subset(np.searchsorted(rows, fold[0])) if folds else whole, valid
 
     def reason(self, error: Exception) -> str:
-        return super().reason(error).replace(" in data file", ", where a number is needed")  # it reads a parameter as it reads a table
+        return super().reason(error).replace(" in data file", ", where a number is needed")  # LightGBM reads a parameter as it reads a table
 
     def predict(self, booster: Any, matrix: np.ndarray, margin: bool = False) -> np.ndarray:
         return booster.predict(matrix, raw_score=margin)
